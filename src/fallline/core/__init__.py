@@ -1,0 +1,1 @@
+"""What every method needs and nothing that only one room needs."""

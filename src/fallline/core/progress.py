@@ -1,0 +1,87 @@
+"""What the user sees while a run goes on: a bar, a callback, and Ctrl-C that keeps the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["Bar", "Progress", "interruptible"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a callback receives, about twice a second, between two compiled chunks.
+
+    `point()` copies the current point to the host; the scalars cost nothing.
+    """
+
+    step: int
+    steps: int
+    value: float
+    gradient_norm: float
+    seconds: float
+    point: Callable[[], Any]
+
+
+class Bar:
+    """A progress bar on stderr that appears after one second, in a terminal only (or when asked)."""
+
+    def __init__(self, label: str, steps: int, show: bool | str):
+        self._label, self._steps, self._bar, self._task = label, steps, None, None
+        self._wanted = sys.stderr.isatty() if show == "auto" else bool(show)
+        self._start = time.perf_counter()
+
+    def update(self, step: int, value: float, gradient_norm: float) -> None:
+        """Show the step and the point's scalars."""
+        if not self._wanted or (self._bar is None and time.perf_counter() - self._start < 1.0):
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = RichProgress(*columns, TextColumn("{task.fields[point]}"), console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=self._steps, point="")
+        self._bar.update(self._task, completed=step, point=f"value {value:.6g}  ‖∇f‖ {gradient_norm:.2g}")
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the loop reads; the second one interrupts at once."""
+    pressed = False
+
+    def interrupted() -> bool:
+        return pressed
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handler(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous):  # ignored, or set outside Python: leave it
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
