@@ -138,7 +138,7 @@ def _start(
         quiet=jnp.int32(0),
         memory=memory,
         extra=strong(extra),
-        rows=jnp.full((capacity, len(plan.record)), jnp.nan, dtype),
+        rows=jnp.full((capacity + 1, len(plan.record)), jnp.nan, dtype),
         last_finite=trees.copy_tree(x) if plan.keep_last else None,
     )
     code, test, quiet, memory = _judge(problem, numbers, carry, measured, jnp.zeros((), dtype))
@@ -168,7 +168,7 @@ def _advance(
         step = carry.step + 1
         key = jax.random.fold_in(numbers.key, step) if plan.random else None
         state = trees.cast_like(solver.step(problem, carry.state, key=key), carry.state)
-        due = step % numbers.every == 0
+        due = jax.lax.rem(step, numbers.every) == 0
         carry = eqx.tree_at(lambda c: (c.state, c.step), carry, (state, step))
         if _from_state(state):
             carry = _look(carry, *_measure(problem, state, dtype))
@@ -186,8 +186,9 @@ def _advance(
         if batch_value is not None:
             finite = jnp.isfinite(batch_value)
             carry = eqx.tree_at(lambda c: c.code, carry, jnp.where(finite, carry.code, Ending.DIVERGED))
-        row = jnp.where(due, step // numbers.every - first_row, carry.rows.shape[0])
-        rows = carry.rows.at[row].set(_row(plan, state, carry.measured), mode="drop")
+        # A step without a record writes to the spare last row.
+        row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, carry.rows.shape[0] - 1)
+        rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, carry.measured)[None], (row, 0))
         carry = eqx.tree_at(lambda c: c.rows, carry, rows)
         if plan.keep_last:
             ok = carry.code != Ending.DIVERGED
@@ -367,6 +368,8 @@ def _check_rules(stop: Any, solver: Solver, problem: Problem) -> tuple[StoppingR
 
 
 def _check_record(run: _Run) -> None:
+    if set(run.plan.record) <= set(_MEASURED):
+        return
     state = run.shapes.state
     known = set(_MEASURED) | {
         name for name, leaf in vars(state).items() if getattr(leaf, "shape", None) == () and name != "done"
@@ -393,6 +396,7 @@ class _Run:
         self.problem, self.solver, self.numbers, self.plan = problem, solver, numbers, plan
         self.x, self.rebuild, self.steps, self.names = x, rebuild, int(steps), names
         self.parts = (problem, solver, numbers)
+        self.has_aux = getattr(problem, "has_aux", False)
 
     @functools.cached_property
     def shapes(self) -> _Carry:
@@ -490,13 +494,15 @@ class _Run:
             state = eqx.tree_at(lambda s: s.calls, carry.state, calls)
         elif code == Ending.RUNNING:
             code = int(Ending.STEP_LIMIT)
-        measured, aux, more = _compiled_finish(arrays, state, static=static)
+        measured, aux, more = (state.value, state.gradient_norm), None, Calls()
+        if not _from_state(state) or self.has_aux:
+            measured, aux, more = _compiled_finish(arrays, state, static=static)
         history = np.concatenate(records)
         columns = {name: history[:, i] for i, name in enumerate(self.plan.record)}
         columns["step"] = np.arange(len(history)) * every
         solution = self._solution(
             state, state.x, measured, aux, np.int32(code), np.asarray(taken), np.asarray(test), columns,
-            jax.tree.map(np.asarray, state.calls + extra + more),
+            _on_host(state.calls) + _on_host(extra) + _on_host(more),
             seconds=time.perf_counter() - clock, compile_seconds=compile_seconds,
         )  # fmt: skip
         return solution
@@ -509,6 +515,10 @@ class _Run:
         return Solution(
             self.rebuild(x), measured[0], measured[1], status, step, history, calls, state=state, aux=aux, **times
         )
+
+
+def _on_host(calls: Calls) -> Calls:
+    return jax.tree.map(np.asarray, calls)
 
 
 def _to_host(tree: Any) -> Any:
