@@ -1,6 +1,7 @@
 """fallline: non-convex optimisation in machine learning, on JAX."""
 
 from .core.calls import Calls
+from .core.certificate import Certificate, Verdict
 from .core.errors import FalllineError, InputError, RunError
 from .core.loop import minimize
 from .core.optimizer import optimizer
@@ -10,11 +11,14 @@ from .core.solution import Solution
 from .core.solver import Solver, State
 from .core.status import Ending, Status
 from .core.stopping import call_budget, decrease, gradient_norm, residual, time_limit
+from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
+from .landscape.certify import certify, escape
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Calls",
+    "Certificate",
     "Ending",
     "FalllineError",
     "FiniteSum",
@@ -27,11 +31,16 @@ __all__ = [
     "Solver",
     "State",
     "Status",
+    "Verdict",
     "call_budget",
+    "certify",
     "decrease",
+    "escape",
     "gradient_norm",
     "minimize",
     "optimizer",
+    "perturbed_gradient_descent",
     "residual",
+    "theory_parameters",
     "time_limit",
 ]

@@ -22,6 +22,7 @@ from . import trees
 from .calls import Calls, strong
 from .errors import InputError, check_count, is_traced
 from .problem import Problem, bind, check_needs
+from .program import Static
 from .progress import Bar, Progress, interruptible
 from .solution import Solution
 from .solver import Solver, with_array_numbers
@@ -188,7 +189,7 @@ def _advance(
             carry = eqx.tree_at(lambda c: c.code, carry, jnp.where(finite, carry.code, Ending.DIVERGED))
         # A step without a record writes to the spare last row.
         row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, carry.rows.shape[0] - 1)
-        rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, carry.measured)[None], (row, 0))
+        rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, carry.measured)[None], (row, jnp.int32(0)))
         carry = eqx.tree_at(lambda c: c.rows, carry, rows)
         if plan.keep_last:
             ok = carry.code != Ending.DIVERGED
@@ -224,43 +225,26 @@ def _finish(problem: Problem, state: Any) -> tuple[tuple[Array, Array], Any, Cal
     return measured, problem.aux(state.x), strong(extra)
 
 
-class _Static:
-    """Wraps the non-array part of problem and solver as a hashable static argument."""
-
-    def __init__(self, tree: Any):
-        leaves, self.tree = jax.tree.flatten(tree)
-        self.leaves = tuple(leaves)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and (self.leaves, self.tree) == (other.leaves, other.tree)
-
-    def __hash__(self) -> int:
-        return hash((self.leaves, self.tree))
-
-    def unwrap(self) -> Any:
-        return jax.tree.unflatten(self.tree, self.leaves)
-
-
-def _split_static(tree: Any) -> tuple[Any, _Static]:
+def _split_static(tree: Any) -> tuple[Any, Static]:
     arrays, static = eqx.partition(tree, eqx.is_array_like)
-    return arrays, _Static(static)
+    return arrays, Static(static)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "plan", "capacity"))
-def _compiled_start(arrays: Any, x: Any, *, static: _Static, plan: _Plan, capacity: int) -> Any:
+def _compiled_start(arrays: Any, x: Any, *, static: Static, plan: _Plan, capacity: int) -> Any:
     return _start(*eqx.combine(arrays, static.unwrap()), x, plan, capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="carry")
 def _compiled_advance(
-    carry: Any, arrays: Any, until: Any, first_row: Any, seconds: Any, *, static: _Static, plan: _Plan
+    carry: Any, arrays: Any, until: Any, first_row: Any, seconds: Any, *, static: Static, plan: _Plan
 ) -> Any:
     problem, solver, numbers = eqx.combine(arrays, static.unwrap())
     return _advance(carry, problem, solver, numbers, plan, until, first_row, seconds)
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
-def _compiled_finish(arrays: Any, state: Any, *, static: _Static) -> Any:
+def _compiled_finish(arrays: Any, state: Any, *, static: Static) -> Any:
     return _finish(eqx.combine(arrays, static.unwrap())[0], state)
 
 

@@ -56,6 +56,12 @@ class Problem(eqx.Module):
         """Hessian–vector product: the derivative of the gradient along `v`, forward over reverse."""
         return jax.jvp(self.gradient, (x,), (v,))[1]
 
+    def hessian(self, x: PyTree) -> Callable[[PyTree], PyTree]:
+        """`v -> H(x) v` for many products at one point: the gradient is linearized once."""
+        if type(self).hvp is Problem.hvp:
+            return jax.linearize(self.gradient, x)[1]
+        return lambda v: self.hvp(x, v)
+
     @property
     def lower_bound(self) -> Float[Array, ""] | float | None:
         """A number that the objective never goes below, where one is known (0 for a residual)."""

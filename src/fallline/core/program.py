@@ -20,7 +20,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-__all__ = ["Program", "trace"]
+__all__ = ["Program", "Static", "trace"]
 
 
 class _Identity:
@@ -196,3 +196,21 @@ def trace(fn: Callable, *args: Any, owner: Callable | None = None) -> tuple[Prog
     jaxpr, consts = _hoist(closed)
     program = Program(jaxpr, jax.tree.structure(args), jax.tree.structure(shape), fn if owner is None else owner)
     return program, [c if isinstance(c, jax.Array | jax.core.Tracer) else np.asarray(c) for c in consts]
+
+
+class Static:
+    """A pytree without arrays as one hashable argument: compared by its leaves and structure."""
+
+    def __init__(self, tree: Any):
+        leaves, self.tree = jax.tree.flatten(tree)
+        self.leaves = tuple(leaves)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and (self.leaves, self.tree) == (other.leaves, other.tree)
+
+    def __hash__(self) -> int:
+        return hash((self.leaves, self.tree))
+
+    def unwrap(self) -> Any:
+        """The pytree again."""
+        return jax.tree.unflatten(self.tree, self.leaves)

@@ -1,0 +1,431 @@
+"""`certify`: what kind of point an optimizer stopped at; `escape`: the way out of a saddle.
+
+A Ritz value with a small residual proves that *some* eigenvalue is near it, not that none lies
+below. So the two directions of the verdict rest on different evidence:
+
+- negative curvature is proved by one vector: its Rayleigh quotient and a decrease that was measured
+  along it;
+- a lower bound on λ_min holds with a stated probability over Lanczos' random start (Kuczyński and
+  Woźniakowski 1992, Theorem 4.2), or, up to 2,000 real coordinates, for the whole spectrum of the
+  dense Hessian with its rounding.
+
+Directions of declared symmetries are deflated first, so that a minimum whose orbit is flat is not
+mistaken for a degenerate one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ..core import trees
+from ..core.calls import Calls
+from ..core.certificate import Certificate, Verdict
+from ..core.errors import InputError, check_count, check_positive, is_traced
+from ..core.problem import Problem, bind
+from ..core.program import Static
+from ..parts.linalg import (
+    dense,
+    extend_lanczos,
+    lanczos_gap,
+    orthonormal_rows,
+    ritz_vector,
+    start_lanczos,
+    tridiagonal_eigh,
+)
+from ..parts.sampling import unit_vector
+
+__all__ = ["certify", "escape"]
+
+DENSE_LIMIT = 2000  # real coordinates up to which the whole Hessian is formed
+_CAPACITY = 1024  # Lanczos steps that fit the buffers
+_FIRST_STEPS = 16  # enough to know the Hessian's scale
+_STEP_SIZES = 2.0 ** np.arange(4, -28, -1)  # trial steps along ±v, in units of max(‖x‖, 1)
+_SYMMETRY_PROBES = 8
+
+
+def _with_parts(fn: Callable) -> Callable:
+    """Compile `fn(problem, *arrays)`; problems of the same program share the code."""
+
+    @functools.partial(jax.jit, static_argnames="static")
+    def compiled(arrays: Any, rest: Any, *, static: Static) -> Any:
+        return fn(eqx.combine(arrays, static.unwrap()), *rest)
+
+    def call(problem: Problem, *rest: Any) -> Any:
+        arrays, static = eqx.partition(problem, eqx.is_array_like)
+        return compiled(arrays, rest, static=Static(static))
+
+    return call
+
+
+def _product(problem: Problem, x: PyTree, deflate: Array) -> Callable[[Array], Array]:
+    """v ↦ P H P v on the real view, with P the projection off the rows of `deflate`."""
+    hessian = problem.hessian(x)
+
+    def product(v: Array) -> Array:
+        w = trees.flatten(hessian(trees.unflatten(v, x)))
+        return w - deflate.T @ (deflate @ w)
+
+    return product
+
+
+@_with_parts
+def _first_order(problem: Problem, x: PyTree) -> tuple[Array, Array, Array]:
+    value, gradient = problem.value_and_gradient(x)
+    return value, trees.flatten(gradient), trees.norm(x)
+
+
+@_with_parts
+def _begin(problem: Problem, x: PyTree, deflate: Array, key: Array) -> Any:
+    start = unit_vector(key, trees.flat_size(x), trees.real_dtype(x))
+    for _ in range(2):  # twice is enough
+        start = start - deflate.T @ (deflate @ start)
+    return start_lanczos(start / jnp.linalg.norm(start), _CAPACITY)
+
+
+@_with_parts
+def _extend(problem: Problem, x: PyTree, deflate: Array, run: Any, until: Array) -> Any:
+    return extend_lanczos(_product(problem, x, deflate), run, until)
+
+
+@_with_parts
+def _assemble(problem: Problem, x: PyTree, deflate: Array, start: Array, weights: Array, steps: Array) -> Array:
+    return ritz_vector(_product(problem, x, deflate), start, weights, steps)
+
+
+@_with_parts
+def _dense_hessian(problem: Problem, x: PyTree) -> Array:
+    n, dtype = trees.flat_size(x), trees.real_dtype(x)
+    return dense(_product(problem, x, jnp.zeros((0, n), dtype)), n, dtype)
+
+
+@_with_parts
+def _image(problem: Problem, x: PyTree, deflate: Array, v: Array) -> Array:
+    return _product(problem, x, deflate)(v)
+
+
+@_with_parts
+def _values_along(problem: Problem, x: PyTree, v: Array, steps: Array) -> Array:
+    flat = trees.flatten(x)
+    return jax.lax.map(lambda t: problem.value(trees.unflatten(flat + t * v, x)).astype(flat.dtype), steps)
+
+
+@_with_parts
+def _difference_check(problem: Problem, x: PyTree, v: Array, h: Array) -> Array:
+    """‖(∇f(x + hv) − ∇f(x − hv)) / 2h − Hv‖: whether the Hessian is the gradient's derivative at all."""
+    flat = trees.flatten(x)
+    ahead, behind = (trees.flatten(problem.gradient(trees.unflatten(flat + t * v, x))) for t in (h, -h))
+    return jnp.linalg.norm((ahead - behind) / (2 * h) - trees.flatten(problem.hessian(x)(trees.unflatten(v, x))))
+
+
+@dataclasses.dataclass
+class _Spectrum:
+    """What is known of the Hessian on the complement of the symmetry."""
+
+    direction: Array | None
+    rayleigh: float
+    residual: float
+    lower: float
+    largest: float
+    spread: float
+    method: str
+    steps: int | None = None
+
+
+def certify(
+    problem: Problem | Callable,
+    x: PyTree,
+    *,
+    args: tuple = (),
+    has_aux: bool = False,
+    key: Array | int | None = None,
+    tolerance: float | None = None,
+    curvature_tolerance: float = 1e-4,
+    failure_probability: float = 1e-3,
+    max_hvp: int = 2000,
+) -> Certificate:
+    """Say what kind of point `x` is, and on what evidence.
+
+    **Arguments:**
+    - `problem`, `x`, `args`, `has_aux`: as for `minimize`.
+    - `key`: a key of `jax.random`, or a seed, for Lanczos' random start: needed above 2,000 real
+      coordinates (or above `max_hvp`), where the dense Hessian is not formed.
+    - `tolerance`: the gradient counts as zero up to `tolerance` · ‖H‖ · max(‖x‖, 1). By default 1e-6,
+      or 1e3 units of rounding where that is more (1e-4 in float32).
+    - `curvature_tolerance`: curvature counts as zero up to this times ‖H‖.
+    - `failure_probability`: of a probabilistic lower bound on λ_min being wrong.
+    - `max_hvp`: Hessian–vector products that may be spent.
+
+    **Returns:** a `Certificate`. Its verdict is one of: not stationary; strict saddle (with its
+    direction and a measured decrease); second-order stationary to tolerance; local minimum; minimum
+    modulo symmetry; global minimum (the declared lower bound is met); inconclusive.
+
+    **Raises:** `InputError` for arguments that cannot be used, for a declared symmetry that is none,
+    and for a value below the declared lower bound.
+
+    **Source:** Kuczyński and Woźniakowski, *Estimating the largest eigenvalue by the power and Lanczos
+    algorithms with a random start*, SIAM J. Matrix Anal. Appl. 13 (1992), Theorem 4.2.
+    """
+    clock = time.perf_counter()
+    point, rebuild = trees.split(x)
+    if is_traced((point, args)):
+        raise InputError("x", "a traced value", "concrete arrays: certify decides on the host, outside jit")
+    declared = problem
+    problem = bind(problem, point, rebuild, args=args, has_aux=has_aux)
+    dtype = np.dtype(trees.real_dtype(point))
+    rounding = float(np.finfo(dtype).eps)
+    tolerance = max(1e-6, 1e3 * rounding) if tolerance is None else tolerance
+    check_positive("tolerance", tolerance)
+    check_positive("curvature_tolerance", curvature_tolerance)
+    check_positive("failure_probability", failure_probability)
+    if not failure_probability < 1:
+        raise InputError("failure_probability", failure_probability, "a number below 1")
+    check_count("max_hvp", max_hvp, 4)
+    n = trees.flat_size(point)
+    is_dense = n <= min(DENSE_LIMIT, max_hvp)
+    if key is None and not is_dense:
+        raise InputError("key", None, f"a key or a seed: with {n} real coordinates Lanczos starts at random")
+    key = jax.random.key(0 if key is None else key) if key is None or isinstance(key, int) else key
+
+    value, gradient, x_norm = _first_order(problem, point)
+    value, gradient_norm = float(value), float(np.linalg.norm(np.asarray(gradient, np.float64)))
+    calls = Calls(gradient=1)
+    radius = max(float(x_norm), 1.0)
+    kinks = [] if getattr(declared, "smooth", False) else problem.kinks(point)
+
+    def conclude(verdict: Verdict, reason: str, **evidence: Any) -> Certificate:
+        fields = {
+            "x": x,
+            "value": value,
+            "gradient_norm": gradient_norm,
+            "gradient_scale": float("nan"),
+            "tolerance": tolerance,
+            "dimension": n,
+            "lower_bound": bound,
+            "calls": calls,
+            "seconds": time.perf_counter() - clock,
+        }
+        return Certificate(verdict, reason, **{**fields, **evidence})
+
+    bound = None if problem.lower_bound is None else float(problem.lower_bound)
+    if not (np.isfinite(value) and np.isfinite(gradient_norm)):
+        return conclude(Verdict.NOT_STATIONARY, "value or gradient is not finite here")
+
+    # The Hessian's scale, without which no gradient is small.
+    nothing = jnp.zeros((0, n), dtype)
+    first = min(_FIRST_STEPS, n, max_hvp // 2)
+    run = _extend(problem, point, nothing, _begin(problem, point, nothing, key), np.int32(first))
+    calls += Calls(hvp=int(run.steps))
+    ritz, _, _ = tridiagonal_eigh(run)
+    scale = float(np.max(np.abs(ritz)))
+    facts: dict[str, Any] = {"gradient_scale": scale * radius}
+    if not np.isfinite(scale):
+        return conclude(Verdict.INCONCLUSIVE, "the Hessian is not finite here", **facts)
+    if gradient_norm > tolerance * scale * radius:
+        reason = f"the gradient norm is {gradient_norm:.2e}: go on minimizing"
+        if kinks:  # at a kink a gradient may be large at a minimum: ask for a decrease
+            along = _values_along(problem, point, gradient / gradient_norm, -_STEP_SIZES.astype(dtype) * dtype.type(radius))
+            calls += Calls(value=len(_STEP_SIZES))
+            if not np.nanmin(np.asarray(along)) < value - 100 * rounding * abs(value):
+                kinked = f"the objective may have kinks ({', '.join(kinks)}), and no step along −∇f lowers it"
+                return conclude(Verdict.INCONCLUSIVE, kinked, calls=calls, **facts)
+        return conclude(Verdict.NOT_STATIONARY, reason, calls=calls, **facts)
+    if bound is not None:
+        # A stationary point at this tolerance may lie this far above the value at its minimum.
+        facts["value_tolerance"] = 0.5 * scale * (tolerance * radius) ** 2 + 100 * rounding * abs(bound)
+        if value < bound - facts["value_tolerance"]:
+            raise InputError("lower_bound", bound, f"a number that the objective never goes below; here it is {value}")
+    if kinks:
+        return conclude(
+            Verdict.INCONCLUSIVE,
+            f"the objective may have kinks ({', '.join(kinks)}), where a Hessian proves nothing; "
+            "Objective(..., smooth=True) says that they are never felt",
+            calls=calls,
+            **facts,
+        )
+
+    probe = unit_vector(jax.random.fold_in(key, 0), n, dtype)
+    h = dtype.type(rounding ** (1 / 3) * radius)
+    mismatch = float(_difference_check(problem, point, probe, h))
+    calls += Calls(gradient=2, hvp=1)
+    if not mismatch <= 30 * rounding ** (1 / 3) * max(scale, rounding):
+        reason = (
+            f"Hessian and differences of the gradient disagree by {mismatch:.1e}: a kink at this point, or a formula "
+            "such as abs(z)**2 at z = 0 that JAX differentiates wrongly (write z.real**2 + z.imag**2)"
+        )
+        return conclude(Verdict.INCONCLUSIVE, reason, calls=calls, **facts)
+
+    deflate = _tangent_basis(declared, x, point, dtype)
+    r = deflate.shape[0]
+    facts.update(dimension=n - r, symmetry_dimension=r, failure_probability=failure_probability)
+    if r == n:
+        facts.update(symmetry_residual=0.0)
+        return conclude(Verdict.MINIMUM_MODULO_SYMMETRY, "every direction is a symmetry", calls=calls, **facts)
+
+    search = _dense_spectrum if is_dense else _lanczos_spectrum
+    spectrum, tangent_size, used = search(
+        problem, point, deflate, key, scale, curvature_tolerance, failure_probability, max_hvp - int(calls.hvp)
+    )
+    calls += used
+    scale = max(scale, abs(spectrum.largest), abs(spectrum.rayleigh))
+    limit = curvature_tolerance * scale
+    if r and tangent_size > limit + tolerance * scale:
+        raise InputError(
+            "symmetry", f"tangents with ‖Ht‖/‖H‖ = {tangent_size / scale:.1e}", "directions along which the objective is constant"
+        )
+    facts.update(
+        gradient_scale=scale * radius,
+        curvature_tolerance=limit,
+        rayleigh=spectrum.rayleigh,
+        residual=spectrum.residual,
+        lower=spectrum.lower,
+        largest=spectrum.largest,
+        spread=spectrum.spread,
+        method=spectrum.method,
+        lanczos_steps=spectrum.steps,
+        symmetry_residual=tangent_size / scale if r else None,
+    )
+
+    if bound is not None and value <= bound + facts["value_tolerance"]:
+        return conclude(Verdict.GLOBAL_MINIMUM, "the value meets the declared lower bound", calls=calls, **facts)
+    if spectrum.rayleigh < -limit and spectrum.direction is not None:
+        v = spectrum.direction
+        sizes = np.concatenate([_STEP_SIZES, -_STEP_SIZES]).astype(dtype) * dtype.type(radius)
+        along = np.asarray(_values_along(problem, point, v, sizes), np.float64)
+        calls += Calls(value=len(sizes))
+        along = np.where(np.isfinite(along), along, np.inf)
+        best = int(np.argmin(along))
+        decrease = value - float(along[best])
+        facts.update(direction=trees.unflatten(v, point), step=float(sizes[best]), decrease=decrease)
+        if decrease > 100 * rounding * abs(value):
+            reason = f"curvature {spectrum.rayleigh:.3e} along v, and a step along it lowers the value"
+            return conclude(Verdict.STRICT_SADDLE, reason, calls=calls, **facts)
+        facts.update(direction=None, step=None, decrease=None)
+        reason = "negative curvature, but no step along it lowers the value by more than rounding"
+        return conclude(Verdict.INCONCLUSIVE, reason, calls=calls, **facts)
+    sure = "" if is_dense else f" with probability at least {1 - failure_probability:g}"
+    if spectrum.lower > 0 and r:
+        reason = f"all curvature off the symmetry is positive{sure}"
+        return conclude(Verdict.MINIMUM_MODULO_SYMMETRY, reason, calls=calls, **facts)
+    if spectrum.lower > 0:
+        return conclude(Verdict.LOCAL_MINIMUM, f"all curvature is positive{sure}", calls=calls, **facts)
+    if spectrum.lower >= -limit:
+        reason = f"no curvature lies below −{limit:.1e}{sure}; flat directions decide the rest"
+        return conclude(Verdict.SECOND_ORDER_STATIONARY, reason, calls=calls, **facts)
+    reason = f"no negative curvature was found, but λ_min may be as low as {spectrum.lower:.2e}; raise max_hvp"
+    return conclude(Verdict.INCONCLUSIVE, reason, calls=calls, **facts)
+
+
+def _tangent_basis(problem: Any, x: PyTree, point: PyTree, dtype: Any) -> Array:
+    """Orthonormal real rows spanning the declared tangents; shape (0, n) without any."""
+    n = trees.flat_size(point)
+    tangents = problem.symmetry(x) if isinstance(problem, Problem) else None
+    if tangents is None:
+        return jnp.zeros((0, n), dtype)
+    tangents = eqx.filter(tangents, trees.is_floating)
+    shapes = [np.shape(t)[1:] for t in jax.tree.leaves(tangents)]
+    if shapes != [np.shape(a) for a in jax.tree.leaves(point)]:
+        raise InputError("symmetry", f"tangents of shapes {shapes}", "a pytree like x with one leading axis")
+    rows = jax.vmap(trees.flatten)(tangents).astype(dtype)
+    trees.check_no_nan("symmetry", rows)
+    return orthonormal_rows(rows, float(np.sqrt(np.finfo(dtype).eps)))
+
+
+def _dense_spectrum(
+    problem: Problem, x: PyTree, deflate: Array, key: Array, scale: float, curvature: float, failure: float, budget: int
+) -> tuple[_Spectrum, float, Calls]:
+    """The whole spectrum; λ_min is bounded by its computed value less the rounding of the Hessian."""
+    raw = np.asarray(_dense_hessian(problem, x))
+    rounding = np.finfo(raw.dtype).eps
+    raw = raw.astype(np.float64)
+    n, q = raw.shape[0], np.asarray(deflate, np.float64)
+    hessian = (raw + raw.T) / 2
+    basis = np.linalg.qr(q.T, mode="complete")[0][:, q.shape[0] :]
+    values, vectors = np.linalg.eigh(basis.T @ hessian @ basis)
+    v = basis @ vectors[:, 0]
+    rayleigh, image = float(values[0]), hessian @ v
+    image -= q.T @ (q @ image)
+    largest = float(max(abs(values[0]), abs(values[-1])))
+    # The Hessian's own asymmetry shows its rounding; √n·u·‖H‖ stands for what symmetric errors hide.
+    error = float(np.linalg.norm(raw - raw.T, 2) / 2 + np.sqrt(n) * rounding * largest)
+    tangent = float(np.linalg.norm(hessian @ q.T, 2)) if q.size else 0.0
+    spectrum = _Spectrum(
+        direction=jnp.asarray(v, deflate.dtype),
+        rayleigh=rayleigh,
+        residual=float(np.linalg.norm(image - rayleigh * v)),
+        lower=rayleigh - error,
+        largest=largest,
+        spread=float(values[-1] - values[0]),
+        method="dense",
+    )
+    return spectrum, tangent, Calls(hvp=n)
+
+
+def _lanczos_spectrum(
+    problem: Problem, x: PyTree, deflate: Array, key: Array, scale: float, curvature: float, failure: float, budget: int
+) -> tuple[_Spectrum, float, Calls]:
+    """The lower end of the spectrum by two-pass Lanczos: at most five vectors are held."""
+    n, r = deflate.shape[1], deflate.shape[0]
+    rounding = float(np.finfo(deflate.dtype).eps)
+    tangent, calls = 0.0, Calls()
+    for i in range(min(r, _SYMMETRY_PROBES)):
+        t = unit_vector(jax.random.fold_in(key, i + 1), r, deflate.dtype) @ deflate
+        tangent = max(tangent, float(jnp.linalg.norm(_image(problem, x, jnp.zeros((0, n), t.dtype), t))))
+        calls += Calls(hvp=1)
+
+    # Half of the budget is kept for the second pass. Each look may be wrong: δ is shared among them.
+    most = max(1, min((budget - int(calls.hvp) - 1) // 2, _CAPACITY, n - r))
+    looks = [k for k in (16, 32, 64, 128, 256, 512) if k < most] + [most]
+    each = failure / (2 * len(looks))
+    run = _begin(problem, x, deflate, key)
+    start = run.current
+    for k in looks:
+        run = _extend(problem, x, deflate, run, np.int32(k))
+        values, vectors, beta = tridiagonal_eigh(run)
+        done = int(run.steps)
+        lowest, highest = float(values[0]), float(values[-1])
+        largest = max(abs(lowest), abs(highest), scale)
+        gap = lanczos_gap(n - r, done, each) if bool(run.alive) else 0.0
+        width = (highest - lowest) / (1 - 2 * gap) if gap < 0.5 else np.inf
+        lower = lowest - gap * width - 10 * done * rounding * largest
+        limit = curvature * largest
+        converged = beta * abs(vectors[-1, 0]) <= 1e-2 * abs(lowest)
+        if (lowest < -limit and converged) or lower >= -limit or not bool(run.alive):
+            break
+    calls += Calls(hvp=done)
+    spectrum = _Spectrum(None, lowest, beta * abs(float(vectors[-1, 0])), lower, largest, highest - lowest, "lanczos", done)
+    if lowest < -limit:
+        weights = np.zeros(_CAPACITY, deflate.dtype)
+        weights[:done] = vectors[:, 0]
+        v = _assemble(problem, x, deflate, start, weights, np.int32(done))
+        image = np.asarray(_image(problem, x, deflate, v), np.float64)
+        calls += Calls(hvp=done + 1)
+        v64 = np.asarray(v, np.float64)
+        spectrum.direction, spectrum.rayleigh = v, float(v64 @ image)
+        spectrum.residual = float(np.linalg.norm(image - spectrum.rayleigh * v64))
+    return spectrum, tangent, calls
+
+
+def escape(certificate: Certificate) -> PyTree:
+    """A point with a lower value: from a strict saddle along its certified direction.
+
+    **Returns:** `x + step · direction`, in the form of the certified point; its value is
+    `certificate.decrease` below.
+
+    **Raises:** `InputError` where the verdict is no strict saddle.
+    """
+    if certificate.verdict is not Verdict.STRICT_SADDLE:
+        hint = "minimize goes on from there" if certificate.verdict is Verdict.NOT_STATIONARY else "there is no certified way out"
+        raise InputError("certificate", f"'{certificate.verdict}'", f"'{Verdict.STRICT_SADDLE}'; {hint}")
+    point, rebuild = trees.split(certificate.x)
+    flat, v = trees.flatten(point), trees.flatten(certificate.direction)
+    return rebuild(trees.unflatten(flat + certificate.step * v, point))

@@ -1,0 +1,1 @@
+"""Shared numerics that are no methods: usable alone, imported by the rooms."""

@@ -1,0 +1,112 @@
+"""Symmetric eigenvalue problems that are only known through products with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float
+
+__all__ = ["Lanczos", "dense", "extend_lanczos", "lanczos_gap", "orthonormal_rows", "ritz_vector", "start_lanczos"]
+
+
+class Lanczos(NamedTuple):
+    """A Lanczos run so far: the last two basis vectors and the tridiagonal matrix.
+
+    `previous`, `current`: shape `(n,)`. `diagonal`, `offdiagonal`: shape `(capacity,)`, of which the
+    first `steps` entries are valid. `alive` is False once an invariant subspace was found.
+    """
+
+    previous: Float[Array, " n"]
+    current: Float[Array, " n"]
+    diagonal: Float[Array, " capacity"]
+    offdiagonal: Float[Array, " capacity"]
+    steps: Array
+    alive: Array
+
+
+def start_lanczos(start: Float[Array, " n"], capacity: int) -> Lanczos:
+    """A run from a unit vector."""
+    zeros = jnp.zeros(capacity, start.dtype)
+    return Lanczos(jnp.zeros_like(start), start, zeros, zeros, jnp.int32(0), jnp.bool_(True))
+
+
+def _lanczos_step(product: Callable, run: Lanczos) -> tuple[Lanczos, Array]:
+    """One step of the three-term recurrence; also the basis vector that it used."""
+    k = run.steps
+    q = run.current
+    beta = jnp.where(k > 0, run.offdiagonal[k - 1], 0)
+    w = product(q) - beta * run.previous
+    alpha = jnp.vdot(q, w)
+    w = w - alpha * q
+    # A second projection against the two last vectors keeps local orthogonality.
+    correction = jnp.vdot(q, w)
+    w = w - correction * q - jnp.vdot(run.previous, w) * run.previous
+    alpha = alpha + correction
+    beta = jnp.linalg.norm(w)
+    scale = jnp.maximum(jnp.abs(alpha), jnp.max(jnp.abs(run.diagonal)) + jnp.max(run.offdiagonal))
+    alive = beta > 10 * jnp.finfo(w.dtype).eps * scale
+    following = jnp.where(alive, w / jnp.where(alive, beta, 1), 0)
+    diagonal, offdiagonal = run.diagonal.at[k].set(alpha), run.offdiagonal.at[k].set(jnp.where(alive, beta, 0))
+    return Lanczos(q, following, diagonal, offdiagonal, k + 1, alive), q
+
+
+def extend_lanczos(product: Callable, run: Lanczos, until: Any) -> Lanczos:
+    """Go on until `until` steps, or until the Krylov space is exhausted. `until` is dynamic."""
+    return jax.lax.while_loop(lambda r: (r.steps < until) & r.alive, lambda r: _lanczos_step(product, r)[0], run)
+
+
+def ritz_vector(product: Callable, start: Float[Array, " n"], weights: Float[Array, " capacity"], steps: Any) -> Array:
+    """The combination Σⱼ weights[j] qⱼ of the basis, by running the recurrence a second time.
+
+    Nothing but the last two vectors and the sum is ever held. Shape `(n,)`, normalized.
+    """
+
+    def body(carry: tuple[Lanczos, Array]) -> tuple[Lanczos, Array]:
+        run, total = carry
+        following, q = _lanczos_step(product, run)
+        return following, total + weights[run.steps] * q
+
+    carry = (start_lanczos(start, weights.shape[0]), jnp.zeros_like(start))
+    _, total = jax.lax.while_loop(lambda c: (c[0].steps < steps) & c[0].alive, body, carry)
+    return total / jnp.linalg.norm(total)
+
+
+def tridiagonal_eigh(run: Lanczos) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ritz values in ascending order, their coefficient vectors as columns, and the last β. On the host."""
+    k = int(run.steps)
+    diagonal = np.asarray(run.diagonal, np.float64)[:k]
+    off = np.asarray(run.offdiagonal, np.float64)[:k]
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off[: k - 1])
+    return values, vectors, float(off[k - 1])
+
+
+def lanczos_gap(n: int, steps: int, failure_probability: float) -> float:
+    """How far, relative to the spectrum's width, the extreme Ritz value may be from the eigenvalue.
+
+    With probability at least 1 − δ over a uniform random start, (θ_min − λ_min)/(λ_max − λ_min) ≤ ε
+    with ε = (ln(1.648 √n / δ) / (2k − 1))².
+
+    **Source:** Kuczyński and Woźniakowski (1992), Theorem 4.2, solved for ε; applied to λ_max I − A,
+    which spans the same Krylov spaces.
+    """
+    if steps >= n:
+        return 0.0
+    return float((np.log(1.648 * np.sqrt(n) / failure_probability) / (2 * steps - 1)) ** 2)
+
+
+def orthonormal_rows(vectors: Float[Array, "m n"], tolerance: float) -> Float[Array, "r n"]:
+    """An orthonormal basis of the row space; directions below `tolerance` × the largest are dropped."""
+    _, sizes, basis = jnp.linalg.svd(vectors, full_matrices=False)
+    rank = int(np.sum(np.asarray(sizes) > tolerance * max(float(sizes[0]), np.finfo(np.float32).tiny)))
+    return basis[:rank]
+
+
+def dense(product: Callable, n: int, dtype: Any, batch: int = 64) -> Float[Array, "n n"]:
+    """The matrix of a linear map, column by column, `batch` products at a time."""
+    columns = jax.lax.map(lambda i: product(jax.nn.one_hot(i, n, dtype=dtype)), jnp.arange(n), batch_size=batch)
+    return columns.T
