@@ -20,232 +20,36 @@ from jaxtyping import Array, PyTree
 
 from . import trees
 from .calls import Calls, strong
+from .chunk import (
+    MEASURED,
+    Carry,
+    Numbers,
+    Plan,
+    Point,
+    advance,
+    compiled_advance,
+    compiled_finish,
+    compiled_start,
+    decode,
+    encode,
+    finish,
+    start,
+    state_measures,
+)
 from .errors import InputError, check_count, is_traced
 from .problem import Problem, bind, check_needs
 from .program import Static
-from .progress import Bar, Progress, interruptible
+from .progress import Bar, Progress, compile_clock, interruptible
 from .solution import Solution
-from .solver import Solver, with_array_numbers
-from .status import OWN_TEST, Ending, Status
-from .stopping import Seen, StoppingRule
+from .solver import GRADIENT, Solver, with_array_numbers
+from .status import Ending, Status
+from .stopping import StoppingRule, TimeLimit
 
 __all__ = ["minimize"]
 
 _ROWS = 1024  # records that one chunk can hold
-_STALL = 100  # steps without a bit of change before a run counts as stalled
 _CHUNK_SECONDS = 0.35
 _SNAPSHOT_SECONDS = 3.0
-_MEASURED = ("value", "gradient_norm")
-
-
-class _Carry(eqx.Module):
-    """Everything that one step hands to the next; one pytree, donated whole."""
-
-    state: Any
-    step: Array
-    code: Array
-    test: Array
-    measured: tuple[Array, Array]  # value and gradient norm at the last look
-    quiet: Array  # looks without a bit of change
-    memory: tuple[Any, ...]  # of the stopping rules
-    extra: Calls  # oracle calls paid for by the loop's own measurements
-    rows: Array  # (capacity, quantities): the records of this chunk
-    last_finite: Any  # the last finite point, where it cannot be recomputed (inside jit); else None
-
-
-class _Plan(eqx.Module):
-    """The static part of a run: what is recorded and which rules are asked."""
-
-    record: tuple[str, ...] = eqx.field(static=True)
-    random: bool = eqx.field(static=True)
-    keep_last: bool = eqx.field(static=True)
-
-
-class _Numbers(eqx.Module):
-    """The numbers of a run: changing them never recompiles."""
-
-    key: Any
-    every: Any
-    rules: tuple[StoppingRule, ...]
-
-
-def _from_state(state: Any) -> bool:
-    """Whether the state brings value and gradient norm of its point for nothing."""
-    return all(getattr(state, name, None) is not None for name in _MEASURED)
-
-
-def _measure(problem: Problem, state: Any, dtype: Any) -> tuple[tuple[Array, Array], Calls]:
-    """Value and gradient norm of the state's point, computed where the state has none."""
-    if _from_state(state):
-        return (state.value.astype(dtype), state.gradient_norm.astype(dtype)), Calls()
-    value, gradient = problem.value_and_gradient(state.x)
-    return (value.astype(dtype), trees.norm(gradient).astype(dtype)), Calls(gradient=1)
-
-
-def _row(plan: _Plan, state: Any, measured: tuple[Array, Array]) -> Array:
-    known = dict(zip(_MEASURED, measured, strict=True))
-    columns = [known[name] if name in known else getattr(state, name) for name in plan.record]
-    return jnp.stack([jnp.asarray(c, measured[0].dtype) for c in columns]) if columns else jnp.zeros(0, measured[0].dtype)
-
-
-def _judge(
-    problem: Problem, numbers: _Numbers, carry: _Carry, measured: tuple[Array, Array], seconds: Any
-) -> tuple[Array, Array, Array, tuple]:
-    """Code, test, quiet count and rule memories after a look at the current point."""
-    value, norm = measured
-    code, test = jnp.int32(Ending.RUNNING), jnp.int32(OWN_TEST)
-    quiet = jnp.where((value == carry.measured[0]) & (norm == carry.measured[1]), carry.quiet + 1, 0)
-    code = jnp.where(quiet >= _STALL, Ending.STALLED, code)
-
-    bound = problem.lower_bound
-    calls = carry.state.calls + carry.extra
-    seen = Seen(value, norm, None if bound is None else jnp.asarray(bound), calls, seconds)
-    memories = []
-    for index in reversed(range(len(numbers.rules))):  # the first rule in the user's order wins
-        rule = numbers.rules[index]
-        met, memory = rule(seen, carry.memory[index])
-        code = jnp.where(met, Ending.CONVERGED if rule.converges else Ending.BUDGET, code)
-        test = jnp.where(met, index, test)
-        memories.insert(0, trees.cast_like(memory, carry.memory[index]))
-    done = getattr(carry.state, "done", None)
-    if done is not None:
-        code = jnp.where(done, Ending.CONVERGED, code)
-        test = jnp.where(done, OWN_TEST, test)
-    code = jnp.where(jnp.isfinite(value) & jnp.isfinite(norm), code, Ending.DIVERGED)
-    return code.astype(jnp.int32), test.astype(jnp.int32), quiet.astype(jnp.int32), tuple(memories)
-
-
-def _start(
-    problem: Problem, solver: Solver, numbers: _Numbers, x: PyTree, plan: _Plan, capacity: int
-) -> tuple[_Carry, Array]:
-    """The carry before the first step, and the first record."""
-    dtype = trees.real_dtype(x)
-    key = jax.random.fold_in(numbers.key, 0) if plan.random else None
-    state = solver.init(problem, trees.copy_tree(x), key=key)
-    state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.asarray(a).dtype), state)
-    state = eqx.tree_at(lambda s: s.calls, state, strong(state.calls))
-    measured, extra = _measure(problem, state, dtype)
-    memory = tuple(
-        jax.tree.map(lambda a: jnp.asarray(a, dtype if trees.is_floating(a) else jnp.int32), rule.init())
-        for rule in numbers.rules
-    )
-    nan = jnp.asarray(jnp.nan, dtype)
-    carry = _Carry(
-        state=state,
-        step=jnp.int32(0),
-        code=jnp.int32(Ending.RUNNING),
-        test=jnp.int32(OWN_TEST),
-        measured=(nan, nan),
-        quiet=jnp.int32(0),
-        memory=memory,
-        extra=strong(extra),
-        rows=jnp.full((capacity + 1, len(plan.record)), jnp.nan, dtype),
-        last_finite=trees.copy_tree(x) if plan.keep_last else None,
-    )
-    code, test, quiet, memory = _judge(problem, numbers, carry, measured, jnp.zeros((), dtype))
-    carry = eqx.tree_at(
-        lambda c: (c.code, c.test, c.measured, c.quiet, c.memory), carry, (code, test, measured, quiet, memory)
-    )
-    return carry, _row(plan, state, measured)
-
-
-def _advance(
-    carry: _Carry,
-    problem: Problem,
-    solver: Solver,
-    numbers: _Numbers,
-    plan: _Plan,
-    until: Array,
-    first_row: Array,
-    seconds: Array,
-) -> _Carry:
-    """Step until `until` or the end. Records of steps divisible by `every` go to `rows`."""
-    dtype = carry.rows.dtype
-
-    def running(carry: _Carry) -> Array:
-        return (carry.step < until) & (carry.code == Ending.RUNNING)
-
-    def body(carry: _Carry) -> _Carry:
-        step = carry.step + 1
-        key = jax.random.fold_in(numbers.key, step) if plan.random else None
-        state = trees.cast_like(solver.step(problem, carry.state, key=key), carry.state)
-        due = jax.lax.rem(step, numbers.every) == 0
-        carry = eqx.tree_at(lambda c: (c.state, c.step), carry, (state, step))
-        if _from_state(state):
-            carry = _look(carry, *_measure(problem, state, dtype))
-        else:
-            # The point's value costs an oracle call: it is asked for the records alone.
-            measured, extra = jax.lax.cond(
-                due,
-                lambda: (lambda m, e: (m, carry.extra + e))(*_measure(problem, state, dtype)),
-                lambda: (carry.measured, carry.extra),
-            )
-            carry = eqx.tree_at(lambda c: c.extra, carry, strong(extra))
-            looked = _look(carry, measured, Calls())
-            carry = jax.tree.map(lambda a, b: jnp.where(due, a, b), *map(_scalars, (looked, carry))).put(carry)
-        batch_value = getattr(state, "batch_value", None)
-        if batch_value is not None:
-            finite = jnp.isfinite(batch_value)
-            carry = eqx.tree_at(lambda c: c.code, carry, jnp.where(finite, carry.code, Ending.DIVERGED))
-        # A step without a record writes to the spare last row.
-        row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, carry.rows.shape[0] - 1)
-        rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, carry.measured)[None], (row, jnp.int32(0)))
-        carry = eqx.tree_at(lambda c: c.rows, carry, rows)
-        if plan.keep_last:
-            ok = carry.code != Ending.DIVERGED
-            last = jax.tree.map(lambda a, b: jnp.where(ok, a, b), state.x, carry.last_finite)
-            carry = eqx.tree_at(lambda c: c.last_finite, carry, last)
-        return carry
-
-    def _look(carry: _Carry, measured: tuple[Array, Array], extra: Calls) -> _Carry:
-        code, test, quiet, memory = _judge(problem, numbers, carry, measured, seconds)
-        return eqx.tree_at(
-            lambda c: (c.code, c.test, c.quiet, c.memory, c.measured), carry, (code, test, quiet, memory, measured)
-        )
-
-    return jax.lax.while_loop(running, body, carry)
-
-
-class _Scalars(eqx.Module):
-    """The few scalars of a carry that a look changes."""
-
-    values: tuple
-
-    def put(self, carry: _Carry) -> _Carry:
-        return eqx.tree_at(lambda c: (c.code, c.test, c.quiet, c.memory, c.measured), carry, self.values)
-
-
-def _scalars(carry: _Carry) -> _Scalars:
-    return _Scalars((carry.code, carry.test, carry.quiet, carry.memory, carry.measured))
-
-
-def _finish(problem: Problem, state: Any) -> tuple[tuple[Array, Array], Any, Calls]:
-    """Value and gradient norm of the final point, and the user's aux there."""
-    measured, extra = _measure(problem, state, trees.real_dtype(state.x))
-    return measured, problem.aux(state.x), strong(extra)
-
-
-def _split_static(tree: Any) -> tuple[Any, Static]:
-    arrays, static = eqx.partition(tree, eqx.is_array_like)
-    return arrays, Static(static)
-
-
-@functools.partial(jax.jit, static_argnames=("static", "plan", "capacity"))
-def _compiled_start(arrays: Any, x: Any, *, static: Static, plan: _Plan, capacity: int) -> Any:
-    return _start(*eqx.combine(arrays, static.unwrap()), x, plan, capacity)
-
-
-@functools.partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="carry")
-def _compiled_advance(
-    carry: Any, arrays: Any, until: Any, first_row: Any, seconds: Any, *, static: Static, plan: _Plan
-) -> Any:
-    problem, solver, numbers = eqx.combine(arrays, static.unwrap())
-    return _advance(carry, problem, solver, numbers, plan, until, first_row, seconds)
-
-
-@functools.partial(jax.jit, static_argnames=("static",))
-def _compiled_finish(arrays: Any, state: Any, *, static: Static) -> Any:
-    return _finish(eqx.combine(arrays, static.unwrap())[0], state)
 
 
 def minimize(
@@ -305,10 +109,10 @@ def minimize(
     check_count("every", every, 1)
     rules = _check_rules(stop, solver, bound)
     dtype = trees.real_dtype(x)
-    numbers = with_array_numbers(_Numbers(key, every, rules), dtype)
+    numbers = with_array_numbers(Numbers(key, every, rules), dtype)
     solver = with_array_numbers(solver, dtype)
     names = tuple(rule.describe() if not is_traced(rule) else type(rule).__name__ for rule in rules)
-    plan = _Plan(tuple(record), random, keep_last=is_traced((x, bound, solver, numbers)))
+    plan = Plan(tuple(record), random, keep_last=is_traced((x, bound, solver, numbers)))
     run = _Run(bound, solver, numbers, plan, x, rebuild, steps, names)
     _check_record(run)
     if plan.keep_last:
@@ -352,12 +156,10 @@ def _check_rules(stop: Any, solver: Solver, problem: Problem) -> tuple[StoppingR
 
 
 def _check_record(run: _Run) -> None:
-    if set(run.plan.record) <= set(_MEASURED):
+    if set(run.plan.record) <= set(MEASURED):
         return
-    state = run.shapes.state
-    known = set(_MEASURED) | {
-        name for name, leaf in vars(state).items() if getattr(leaf, "shape", None) == () and name != "done"
-    }
+    scalars = {name for name, leaf in vars(run.shapes).items() if getattr(leaf, "shape", None) == ()}
+    known = set(MEASURED) | scalars - {"done"}
     for name in run.plan.record:
         if name not in known:
             raise InputError("record", repr(name), f"one of {', '.join(sorted(known))}")
@@ -370,141 +172,136 @@ class _Run:
         self,
         problem: Problem,
         solver: Solver,
-        numbers: _Numbers,
-        plan: _Plan,
+        numbers: Numbers,
+        plan: Plan,
         x: PyTree,
-        rebuild: Callable,
+        rebuild: Callable[[PyTree], PyTree],
         steps: int,
         names: tuple[str, ...],
     ):
         self.problem, self.solver, self.numbers, self.plan = problem, solver, numbers, plan
         self.x, self.rebuild, self.steps, self.names = x, rebuild, int(steps), names
         self.parts = (problem, solver, numbers)
-        self.has_aux = getattr(problem, "has_aux", False)
+        self.dtype = np.dtype(trees.real_dtype(x))
 
     @functools.cached_property
-    def shapes(self) -> _Carry:
-        start = lambda parts, x: _start(*parts, x, self.plan, 1)[0]  # noqa: E731
-        return eqx.filter_eval_shape(start, self.parts, self.x)
+    def shapes(self) -> Any:
+        """The solver's state as shapes and dtypes."""
+        return eqx.filter_eval_shape(lambda parts, x: start(*parts, x, self.plan, 1)[0].state, self.parts, self.x)
 
     def traced(self) -> Solution:
         """The whole run as one `while_loop`, for `jit` and `vmap`."""
-        if any("time_limit" in name or "TimeLimit" in name for name in self.names):
+        if any(isinstance(rule, TimeLimit) for rule in self.numbers.rules):
             raise InputError("stop", "time_limit", "a rule without a clock inside jit or vmap")
-        every = self.numbers.every
-        if is_traced(every):
-            raise InputError("every", "a traced value", "a Python integer inside jit or vmap")
-        rows = self.steps // int(every)
-        carry, first = _start(*self.parts, self.x, self.plan, max(rows, 1))
-        zero = jnp.zeros((), carry.rows.dtype)
-        carry = _advance(carry, *self.parts, self.plan, jnp.int32(self.steps), jnp.int32(1), zero)
-        code = jnp.where(carry.code == Ending.RUNNING, Ending.STEP_LIMIT, carry.code)
-        history = {name: jnp.concatenate([first[i : i + 1], carry.rows[:rows, i]]) for i, name in enumerate(self.plan.record)}
-        history["step"] = jnp.arange(rows + 1) * int(every)
-        state = eqx.tree_at(lambda s: s.x, carry.state, carry.last_finite)
-        ok = carry.code != Ending.DIVERGED
-        if _from_state(carry.state):
-            # After a divergence the state's scalars belong to the point that was given up.
-            measured, aux, extra = jax.lax.cond(
-                ok,
-                lambda: (_measure(self.problem, carry.state, zero.dtype)[0], self.problem.aux(state.x), strong(Calls())),
-                lambda: self._final_scalars(state.x),
-            )
-        else:
-            measured, aux, extra = self._final_scalars(state.x)
-        return self._solution(
-            state, state.x, measured, aux, code, carry.step, carry.test, history, carry.state.calls + carry.extra + extra
-        )
-
-    def _final_scalars(self, x: PyTree) -> tuple:
-        value, gradient = self.problem.value_and_gradient(x)
-        dtype = trees.real_dtype(x)
-        return (value.astype(dtype), trees.norm(gradient).astype(dtype)), self.problem.aux(x), strong(Calls(gradient=1))
-
-    def hosted(self, clock: float, callback: Callable | None, progress: bool | str) -> Solution:
-        """The run in compiled chunks, with the host between them."""
-        arrays, static = _split_static(self.parts)
-        kwargs = {"static": static, "plan": self.plan}
         every = int(self.numbers.every)
+        rows = self.steps // every
+        carry, first = start(*self.parts, self.x, self.plan, rows)
+        carry = advance(carry, *self.parts, self.plan, np.int32(self.steps), np.int32(1), np.zeros((), self.dtype))
+        ending, test = decode(carry.watch.code)
+        ending = jnp.where(ending == Ending.RUNNING, Ending.STEP_LIMIT, ending)
+        state = eqx.tree_at(lambda s: s.x, carry.state, carry.last_finite)
 
-        def advance(carry: _Carry, until: int, first_row: int) -> _Carry:
-            seconds = np.asarray(time.perf_counter() - clock, dtype)
-            return _compiled_advance(carry, arrays, np.int32(until), np.int32(first_row), seconds, **kwargs)
+        def known() -> tuple[Point, Any, Calls]:
+            return finish(self.problem, carry.state)
 
-        dtype = np.dtype(trees.real_dtype(self.x))
-        carry, first = _compiled_start(arrays, self.x, capacity=_ROWS, **kwargs)
-        carry = advance(carry, 0, 0)  # compiles, takes no step
-        code, step = int(carry.code), 0
-        compile_seconds = time.perf_counter() - clock
-        records, size, snapshot, snapshot_time = [np.asarray(first)[None]], 1, None, time.perf_counter()
+        def given_up() -> tuple[Point, Any, Calls]:
+            # After a divergence the state's scalars belong to the point that was given up.
+            value, gradient = self.problem.value_and_gradient(state.x)
+            point = Point(value.astype(self.dtype), trees.norm(gradient).astype(self.dtype))
+            return point, self.problem.aux(state.x), strong(GRADIENT)
+
+        point, aux, more = jax.lax.cond(ending == Ending.DIVERGED, given_up, known)
+        records = jnp.concatenate([first[None], carry.rows[:rows]])
+        history = {name: records[:, i] for i, name in enumerate(self.plan.record)}
+        history["step"] = jnp.arange(rows + 1) * every
+        status = Status(ending, carry.step, test, self.names, self.solver.name)
+        calls = carry.state.calls + carry.extra + more
+        return Solution(self.rebuild(state.x), *point, status, carry.step, history, calls, state=state, aux=aux)
+
+    def hosted(self, clock: float, callback: Callable[[Progress], Any] | None, progress: bool | str) -> Solution:
+        """The run in compiled chunks, with the host between them."""
+        arrays, static = eqx.partition(self.parts, eqx.is_array_like)
+        static, every = Static(static), int(self.numbers.every)
+        compiled_before = compile_clock.seconds
+
+        def on(carry: Carry, until: int) -> Carry:
+            first_row = int(carry.step) // every + 1
+            seconds = np.asarray(time.perf_counter() - clock, self.dtype)
+            return compiled_advance(
+                carry, arrays, np.int32(until), np.int32(first_row), seconds, static=static, plan=self.plan
+            )
+
+        carry, first = compiled_start(arrays, self.x, static=static, plan=self.plan, capacity=_ROWS)
+        code, step, size = int(carry.watch.code), 0, 1
+        records = [np.asarray(first)[None]]
+        snapshot = _to_host(carry) if code == Ending.RUNNING and self.steps else None
+        snapshot_time = time.perf_counter()
         bar = Bar(self.solver.name, self.steps, progress)
         with interruptible() as interrupted:
-            if self.steps and not code:
-                snapshot = (0, _to_host(carry))
             while code == Ending.RUNNING and step < self.steps:
                 first_row = step // every + 1
                 until = min(self.steps, step + size, (first_row + _ROWS) * every - 1)
-                began = time.perf_counter()
-                carry = advance(carry, until, first_row)
-                new_step, code = int(carry.step), int(carry.code)
-                took = time.perf_counter() - began
-                rows = np.asarray(carry.rows[: new_step // every + 1 - first_row]) if every > 1 else np.array(carry.rows)[: new_step + 1 - first_row]
-                records.append(rows)
-                size = max(1, min(16 * size, int(_CHUNK_SECONDS * (new_step - step) / max(took, 1e-9))))
-                step = new_step
-                value, norm = (float(m) for m in carry.measured)
-                bar.update(step, value, norm)
+                began = time.perf_counter() - compile_clock.seconds
+                carry = on(carry, until)
+                reached, code = int(carry.step), int(carry.watch.code)
+                took = time.perf_counter() - compile_clock.seconds - began
+                records.append(np.array(carry.rows)[: reached // every + 1 - first_row])
+                size = max(1, min(100 * size, int(_CHUNK_SECONDS * (reached - step) / max(took, 1e-9))))
+                step = reached
                 if code == Ending.RUNNING and step < self.steps:
-                    if time.perf_counter() - snapshot_time > _SNAPSHOT_SECONDS:
-                        snapshot, snapshot_time = (step, _to_host(carry)), time.perf_counter()
-                    if callback is not None:
-                        point = lambda c=carry: self.rebuild(jax.tree.map(np.array, c.state.x))  # noqa: E731
-                        seen = Progress(step, self.steps, value, norm, time.perf_counter() - clock, point)
-                        if callback(seen):
-                            code = int(Ending.INTERRUPTED)
-                    if interrupted():
-                        code = int(Ending.INTERRUPTED)
+                    seen = self._progress(carry, step, clock)
+                    bar.update(step, seen.value, seen.gradient_norm)
+                    if (callback is not None and callback(seen)) or interrupted():
+                        code = encode(Ending.INTERRUPTED)
+                    elif time.perf_counter() - snapshot_time > _SNAPSHOT_SECONDS:
+                        snapshot, snapshot_time = _to_host(carry), time.perf_counter()
         bar.close()
 
-        state, taken, extra, test = carry.state, carry.step, carry.extra, carry.test
-        if code == Ending.DIVERGED and snapshot is not None:
-            # Replay to the step before: the same compiled steps from the last snapshot, bit for bit.
-            at, host = snapshot
-            carry = jax.tree.map(jnp.asarray, host)
-            while at < step - 1:
-                at = min(step - 1, at + (_ROWS - 1) * every)
-                carry = advance(carry, at, int(carry.step) // every + 1)
-            calls = state.calls
-            state = eqx.tree_at(lambda s: s.calls, carry.state, calls)
-        elif code == Ending.RUNNING:
-            code = int(Ending.STEP_LIMIT)
-        measured, aux, more = (state.value, state.gradient_norm), None, Calls()
-        if not _from_state(state) or self.has_aux:
-            measured, aux, more = _compiled_finish(arrays, state, static=static)
-        history = np.concatenate(records)
-        columns = {name: history[:, i] for i, name in enumerate(self.plan.record)}
-        columns["step"] = np.arange(len(history)) * every
-        solution = self._solution(
-            state, state.x, measured, aux, np.int32(code), np.asarray(taken), np.asarray(test), columns,
-            _on_host(state.calls) + _on_host(extra) + _on_host(more),
-            seconds=time.perf_counter() - clock, compile_seconds=compile_seconds,
-        )  # fmt: skip
-        return solution
-
-    def _solution(
-        self, state: Any, x: PyTree, measured: tuple, aux: Any, code: Any, step: Any, test: Any, history: dict, calls: Calls,
-        **times: float,
-    ) -> Solution:  # fmt: skip
-        status = Status(code, step, test, self.names, self.solver.name)
+        state, calls = carry.state, carry.state.calls + carry.extra
+        if code == encode(Ending.DIVERGED) and snapshot is not None:
+            # The steps before it again: the same compiled code from the last snapshot, bit for bit.
+            carry = jax.tree.map(jnp.asarray, snapshot)
+            while (at := int(carry.step)) < step - 1:
+                carry = on(carry, min(step - 1, at + (_ROWS - 1) * every))
+            state = carry.state
+        ending, test = decode(encode(Ending.STEP_LIMIT) if code == Ending.RUNNING else code)
+        if state_measures(state) and not getattr(self.problem, "has_aux", False):
+            point, aux = Point(state.value, state.gradient_norm), None
+        else:
+            point, aux, more = compiled_finish(arrays, state, static=static)
+            calls = calls + more
+        table = np.concatenate(records)
+        history = {name: table[:, i] for i, name in enumerate(self.plan.record)}
+        history["step"] = np.arange(len(table)) * every
+        status = Status(np.int32(ending), np.int32(step), np.int32(test), self.names, self.solver.name)
+        elapsed = time.perf_counter() - clock
         return Solution(
-            self.rebuild(x), measured[0], measured[1], status, step, history, calls, state=state, aux=aux, **times
+            self.rebuild(state.x),
+            *point,
+            status,
+            np.int32(step),
+            history,
+            jax.tree.map(np.asarray, calls),
+            seconds=elapsed,
+            compile_seconds=min(elapsed, compile_clock.seconds - compiled_before),
+            state=state,
+            aux=aux,
         )
 
-
-def _on_host(calls: Calls) -> Calls:
-    return jax.tree.map(np.asarray, calls)
+    def _progress(self, carry: Carry, step: int, clock: float) -> Progress:
+        """What bar and callback may see of the run so far."""
+        source = carry.state if state_measures(carry.state) else carry.watch
+        value, norm = float(source.value), float(getattr(source, "gradient_norm", None) or source.norm)
+        return Progress(
+            step=step,
+            steps=self.steps,
+            value=value,
+            gradient_norm=norm,
+            seconds=time.perf_counter() - clock,
+            point=lambda: self.rebuild(_to_host(carry.state.x)),
+        )
 
 
 def _to_host(tree: Any) -> Any:
     """A copy in host memory that survives the donation of the original."""
-    return jax.tree.map(lambda a: np.array(a), tree)
+    return jax.tree.map(np.array, tree)

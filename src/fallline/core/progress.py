@@ -11,7 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Bar", "Progress", "interruptible"]
+import jax
+
+__all__ = ["Bar", "Progress", "compile_clock", "interruptible"]
+
+
+class _CompileClock:
+    """Seconds that JAX spent on tracing, lowering and compiling in this process, by its own events."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += duration
+
+
+compile_clock = _CompileClock()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,7 +153,7 @@ def call_budget(cost: float, **weights: float) -> StoppingRule:
     return _CallBudget(cost, {**COST, **weights})
 
 
-class _TimeLimit(StoppingRule):
+class TimeLimit(StoppingRule):
     converges: ClassVar[bool] = False
     seconds: Any
 
@@ -167,7 +167,7 @@ class _TimeLimit(StoppingRule):
 def time_limit(seconds: float) -> StoppingRule:
     """Stop after this much run time, looked at about twice a second; not usable inside `jit`."""
     check_positive("seconds", seconds)
-    return _TimeLimit(seconds)
+    return TimeLimit(seconds)
 
 
 class _Combination(StoppingRule):

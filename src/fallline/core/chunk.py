@@ -1,0 +1,227 @@
+"""The compiled part of the loop: one `while_loop` over a solver's steps, with its records and tests.
+
+Everything that a step hands to the next is one pytree, donated whole. What the host must know of a
+chunk is in a few scalars and one small array of records.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from . import trees
+from .calls import Calls, strong
+from .problem import Problem
+from .program import Static
+from .solver import Solver
+from .status import OWN_TEST, Ending
+from .stopping import Seen, StoppingRule
+
+__all__ = ["Carry", "Numbers", "Plan", "advance", "compiled_advance", "compiled_finish", "compiled_start", "start"]
+
+MEASURED = ("value", "gradient_norm")
+_STALL = 100  # looks without a bit of change before a run counts as stalled
+_TESTS = 8  # a code is an ending, plus this times (the index of the met rule + 1)
+
+
+class Watch(eqx.Module):
+    """The scalars by which a run is judged. `value` and `norm` are None where the state has them."""
+
+    code: Array
+    quiet: Array  # looks without a bit of change
+    memory: tuple[Any, ...]  # of the stopping rules
+    value: Array | None
+    norm: Array | None
+
+
+class Carry(eqx.Module):
+    """Everything that one step hands to the next."""
+
+    state: Any
+    step: Array
+    watch: Watch
+    extra: Calls  # oracle calls for the loop's own measurements
+    rows: Array  # (capacity + 1, quantities): the records of this chunk, and a spare row
+    last_finite: Any  # the last finite point, where it cannot be recomputed (inside jit); else None
+
+
+class Plan(eqx.Module):
+    """The static part of a run."""
+
+    record: tuple[str, ...] = eqx.field(static=True)
+    random: bool = eqx.field(static=True)
+    keep_last: bool = eqx.field(static=True)
+
+
+class Numbers(eqx.Module):
+    """The numbers of a run: changing them never recompiles."""
+
+    key: Any
+    every: Any
+    rules: tuple[StoppingRule, ...]
+
+
+class Point(NamedTuple):
+    """What was measured of the current point."""
+
+    value: Array
+    norm: Array
+
+
+def encode(ending: Ending, test: int = OWN_TEST) -> int:
+    """An ending and the index of the rule that brought it, as one integer."""
+    return int(ending) + _TESTS * (test - OWN_TEST)
+
+
+def decode(code: Any) -> tuple[Any, Any]:
+    """The ending and the index of the rule."""
+    return code % _TESTS, code // _TESTS + OWN_TEST
+
+
+def state_measures(state: Any) -> bool:
+    """Whether the state brings value and gradient norm of its point for nothing."""
+    return all(getattr(state, name, None) is not None for name in MEASURED)
+
+
+def measure(problem: Problem, state: Any, dtype: Any) -> tuple[Point, Calls]:
+    """Value and gradient norm of the state's point, computed where the state has none."""
+    if state_measures(state):
+        return Point(state.value.astype(dtype), state.gradient_norm.astype(dtype)), Calls()
+    value, gradient = problem.value_and_gradient(state.x)
+    return Point(value.astype(dtype), trees.norm(gradient).astype(dtype)), Calls(gradient=1)
+
+
+def _row(plan: Plan, state: Any, point: Point, dtype: Any) -> Array:
+    known = dict(zip(MEASURED, point, strict=True))
+    columns = [known[name] if name in known else getattr(state, name) for name in plan.record]
+    return jnp.stack([c.astype(dtype) for c in columns]) if columns else jnp.zeros(0, dtype)
+
+
+def _look(
+    problem: Problem, numbers: Numbers, watch: Watch, state: Any, extra: Calls, point: Point, before: Point, seconds: Any
+) -> Watch:
+    """Judge the current point: the first rule in the user's order wins, divergence over all."""
+    same = (point.value == before.value) & (point.norm == before.norm)
+    quiet = jnp.where(same, watch.quiet + 1, 0)
+    code = jnp.where(quiet >= _STALL, encode(Ending.STALLED), encode(Ending.RUNNING))
+    bound = problem.lower_bound
+    seen = Seen(*point, None if bound is None else jnp.asarray(bound), state.calls + extra, seconds)
+    memories: list[Any] = []
+    for index in reversed(range(len(numbers.rules))):
+        rule = numbers.rules[index]
+        met, memory = rule(seen, watch.memory[index])
+        code = jnp.where(met, encode(Ending.CONVERGED if rule.converges else Ending.BUDGET, index), code)
+        memories.insert(0, trees.cast_like(memory, watch.memory[index]))
+    done = getattr(state, "done", None)
+    if done is not None:
+        code = jnp.where(done, encode(Ending.CONVERGED), code)
+    code = jnp.where(jnp.isfinite(point.value) & jnp.isfinite(point.norm), code, encode(Ending.DIVERGED))
+    kept = Point(None, None) if state_measures(state) else point  # type: ignore[arg-type]
+    return Watch(code.astype(jnp.int32), quiet.astype(jnp.int32), tuple(memories), *kept)
+
+
+def start(
+    problem: Problem, solver: Solver, numbers: Numbers, x: PyTree, plan: Plan, capacity: int
+) -> tuple[Carry, Array]:
+    """The carry before the first step, and the first record."""
+    dtype = trees.real_dtype(x)
+    key = jax.random.fold_in(numbers.key, 0) if plan.random else None
+    # Without the copy the carry would hold the caller's own buffers, and donate them.
+    state = solver.init(problem, trees.copy_tree(x), key=key)
+    state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.asarray(a).dtype), state)
+    state = eqx.tree_at(lambda s: s.calls, state, strong(state.calls))
+    point, calls = measure(problem, state, dtype)
+    extra = strong(calls)
+    memory = tuple(
+        jax.tree.map(lambda a: jnp.asarray(a, dtype if trees.is_floating(a) else jnp.int32), rule.init())
+        for rule in numbers.rules
+    )
+    nothing = Point(jnp.asarray(jnp.nan, dtype), jnp.asarray(jnp.nan, dtype))
+    watch = Watch(jnp.int32(Ending.RUNNING), jnp.int32(0), memory, None, None)
+    watch = _look(problem, numbers, watch, state, extra, point, nothing, jnp.zeros((), dtype))
+    rows = jnp.full((capacity + 1, len(plan.record)), jnp.nan, dtype)
+    last = trees.copy_tree(x) if plan.keep_last else None
+    return Carry(state, jnp.int32(0), watch, extra, rows, last), _row(plan, state, point, dtype)
+
+
+def advance(
+    carry: Carry,
+    problem: Problem,
+    solver: Solver,
+    numbers: Numbers,
+    plan: Plan,
+    until: Array,
+    first_row: Array,
+    seconds: Array,
+) -> Carry:
+    """Step until `until` or the end.
+
+    The record of step `t`, where `every` divides it, goes to row `t / every − first_row`.
+    """
+    dtype, capacity = carry.rows.dtype, carry.rows.shape[0] - 1
+
+    def running(carry: Carry) -> Array:
+        return (carry.step < until) & (carry.watch.code == Ending.RUNNING)
+
+    def body(carry: Carry) -> Carry:
+        step, extra, watch = carry.step + 1, carry.extra, carry.watch
+        key = jax.random.fold_in(numbers.key, step) if plan.random else None
+        state = trees.cast_like(solver.step(problem, carry.state, key=key), carry.state)
+        due = jax.lax.rem(step, numbers.every) == 0
+        if state_measures(state):
+            before, (point, _) = measure(problem, carry.state, dtype)[0], measure(problem, state, dtype)
+            watch = _look(problem, numbers, watch, state, extra, point, before, seconds)
+        else:
+            # The point's value costs an oracle call: it is asked, and judged, for the records alone.
+            before = Point(watch.value, watch.norm)  # type: ignore[arg-type]
+
+            def look() -> tuple[Watch, Calls]:
+                point, calls = measure(problem, state, dtype)
+                paid = strong(extra + calls)
+                return _look(problem, numbers, watch, state, paid, point, before, seconds), paid
+
+            watch, extra = jax.lax.cond(due, look, lambda: (watch, extra))
+            point = Point(watch.value, watch.norm)  # type: ignore[arg-type]
+        if getattr(state, "batch_value", None) is not None:
+            code = jnp.where(jnp.isfinite(state.batch_value), watch.code, encode(Ending.DIVERGED))
+            watch = eqx.tree_at(lambda w: w.code, watch, code.astype(jnp.int32))
+        row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, capacity)
+        rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, point, dtype)[None], (row, jnp.int32(0)))
+        last = carry.last_finite
+        if plan.keep_last:
+            ok = watch.code != encode(Ending.DIVERGED)
+            last = jax.tree.map(lambda a, b: jnp.where(ok, a, b), state.x, last)
+        return Carry(state, step, watch, extra, rows, last)
+
+    return jax.lax.while_loop(running, body, carry)
+
+
+def finish(problem: Problem, state: Any) -> tuple[Point, Any, Calls]:
+    """Value and gradient norm of the final point, and the user's aux there."""
+    point, calls = measure(problem, state, trees.real_dtype(state.x))
+    return point, problem.aux(state.x), strong(calls)
+
+
+@functools.partial(jax.jit, static_argnames=("static", "plan", "capacity"))
+def compiled_start(arrays: Any, x: Any, *, static: Static, plan: Plan, capacity: int) -> tuple[Carry, Array]:
+    """`start`, with problem, solver and numbers as arrays and a static rest."""
+    return start(*eqx.combine(arrays, static.unwrap()), x, plan, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="carry")
+def compiled_advance(
+    carry: Carry, arrays: Any, until: Any, first_row: Any, seconds: Any, *, static: Static, plan: Plan
+) -> Carry:
+    """`advance`; the carry is donated whole."""
+    return advance(carry, *eqx.combine(arrays, static.unwrap()), plan, until, first_row, seconds)
+
+
+@functools.partial(jax.jit, static_argnames=("static",))
+def compiled_finish(arrays: Any, state: Any, *, static: Static) -> tuple[Point, Any, Calls]:
+    """`finish`."""
+    return finish(eqx.combine(arrays, static.unwrap())[0], state)
