@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import trees
@@ -26,14 +27,17 @@ __all__ = ["Carry", "Numbers", "Plan", "advance", "compiled_advance", "compiled_
 
 MEASURED = ("value", "gradient_norm")
 _STALL = 100  # looks without a bit of change before a run counts as stalled
-_TESTS = 8  # a code is an ending, plus this times (the index of the met rule + 1)
+_TESTS = 8  # the code of an end is the ending, plus this times (the index of the met rule + 1)
 
 
 class Watch(eqx.Module):
-    """The scalars by which a run is judged. `value` and `norm` are None where the state has them."""
+    """The scalars by which a run is judged. `value` and `norm` are None where the state has them.
+
+    `code` is positive once the run has ended, see `encode`. Until then it is minus the number of looks
+    without a bit of change: one integer, because each scalar of a loop is a kernel of its own.
+    """
 
     code: Array
-    quiet: Array  # looks without a bit of change
     memory: tuple[Any, ...]  # of the stopping rules
     value: Array | None
     norm: Array | None
@@ -56,6 +60,7 @@ class Plan(eqx.Module):
     record: tuple[str, ...] = eqx.field(static=True)
     random: bool = eqx.field(static=True)
     keep_last: bool = eqx.field(static=True)
+    each: bool = eqx.field(static=True)  # every step is recorded
 
 
 class Numbers(eqx.Module):
@@ -79,7 +84,8 @@ def encode(ending: Ending, test: int = OWN_TEST) -> int:
 
 
 def decode(code: Any) -> tuple[Any, Any]:
-    """The ending and the index of the rule."""
+    """The ending and the index of the rule; any code of a run that goes on gives `RUNNING`."""
+    code = np.maximum(code, 0) if isinstance(code, int) else jnp.maximum(code, 0)
     return code % _TESTS, code // _TESTS + OWN_TEST
 
 
@@ -107,8 +113,8 @@ def _look(
 ) -> Watch:
     """Judge the current point: the first rule in the user's order wins, divergence over all."""
     same = (point.value == before.value) & (point.norm == before.norm)
-    quiet = jnp.where(same, watch.quiet + 1, 0)
-    code = jnp.where(quiet >= _STALL, encode(Ending.STALLED), encode(Ending.RUNNING))
+    code = jnp.where(same, watch.code - 1, encode(Ending.RUNNING))
+    code = jnp.where(code <= -_STALL, encode(Ending.STALLED), code)
     bound = problem.lower_bound
     seen = Seen(*point, None if bound is None else jnp.asarray(bound), state.calls + extra, seconds)
     memories: list[Any] = []
@@ -122,7 +128,7 @@ def _look(
         code = jnp.where(done, encode(Ending.CONVERGED), code)
     code = jnp.where(jnp.isfinite(point.value) & jnp.isfinite(point.norm), code, encode(Ending.DIVERGED))
     kept = Point(None, None) if state_measures(state) else point  # type: ignore[arg-type]
-    return Watch(code.astype(jnp.int32), quiet.astype(jnp.int32), tuple(memories), *kept)
+    return Watch(code.astype(jnp.int32), tuple(memories), *kept)
 
 
 def start(
@@ -142,7 +148,7 @@ def start(
         for rule in numbers.rules
     )
     nothing = Point(jnp.asarray(jnp.nan, dtype), jnp.asarray(jnp.nan, dtype))
-    watch = Watch(jnp.int32(Ending.RUNNING), jnp.int32(0), memory, None, None)
+    watch = Watch(jnp.int32(Ending.RUNNING), memory, None, None)
     watch = _look(problem, numbers, watch, state, extra, point, nothing, jnp.zeros((), dtype))
     rows = jnp.full((capacity + 1, len(plan.record)), jnp.nan, dtype)
     last = trees.copy_tree(x) if plan.keep_last else None
@@ -166,13 +172,13 @@ def advance(
     dtype, capacity = carry.rows.dtype, carry.rows.shape[0] - 1
 
     def running(carry: Carry) -> Array:
-        return (carry.step < until) & (carry.watch.code == Ending.RUNNING)
+        return (carry.step < until) & (carry.watch.code <= Ending.RUNNING)
 
     def body(carry: Carry) -> Carry:
         step, extra, watch = carry.step + 1, carry.extra, carry.watch
         key = jax.random.fold_in(numbers.key, step) if plan.random else None
         state = trees.cast_like(solver.step(problem, carry.state, key=key), carry.state)
-        due = jax.lax.rem(step, numbers.every) == 0
+        due = jnp.bool_(True) if plan.each else jax.lax.rem(step, numbers.every) == 0
         if state_measures(state):
             before, (point, _) = measure(problem, carry.state, dtype)[0], measure(problem, state, dtype)
             watch = _look(problem, numbers, watch, state, extra, point, before, seconds)
@@ -190,7 +196,9 @@ def advance(
         if getattr(state, "batch_value", None) is not None:
             code = jnp.where(jnp.isfinite(state.batch_value), watch.code, encode(Ending.DIVERGED))
             watch = eqx.tree_at(lambda w: w.code, watch, code.astype(jnp.int32))
-        row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, capacity)
+        row = step - first_row
+        if not plan.each:
+            row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, capacity)
         rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, point, dtype)[None], (row, jnp.int32(0)))
         last = carry.last_finite
         if plan.keep_last:
@@ -208,20 +216,20 @@ def finish(problem: Problem, state: Any) -> tuple[Point, Any, Calls]:
 
 
 @functools.partial(jax.jit, static_argnames=("static", "plan", "capacity"))
-def compiled_start(arrays: Any, x: Any, *, static: Static, plan: Plan, capacity: int) -> tuple[Carry, Array]:
-    """`start`, with problem, solver and numbers as arrays and a static rest."""
-    return start(*eqx.combine(arrays, static.unwrap()), x, plan, capacity)
+def compiled_start(leaves: list[Any], x: Any, *, static: Static, plan: Plan, capacity: int) -> tuple[Carry, Array]:
+    """`start`, with problem, solver and numbers as array leaves and a static rest."""
+    return start(*static.join(leaves), x, plan, capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="carry")
 def compiled_advance(
-    carry: Carry, arrays: Any, until: Any, first_row: Any, seconds: Any, *, static: Static, plan: Plan
+    carry: Carry, leaves: list[Any], until: Any, first_row: Any, seconds: Any, *, static: Static, plan: Plan
 ) -> Carry:
     """`advance`; the carry is donated whole."""
-    return advance(carry, *eqx.combine(arrays, static.unwrap()), plan, until, first_row, seconds)
+    return advance(carry, *static.join(leaves), plan, until, first_row, seconds)
 
 
 @functools.partial(jax.jit, static_argnames=("static",))
-def compiled_finish(arrays: Any, state: Any, *, static: Static) -> tuple[Point, Any, Calls]:
+def compiled_finish(leaves: list[Any], state: Any, *, static: Static) -> tuple[Point, Any, Calls]:
     """`finish`."""
-    return finish(eqx.combine(arrays, static.unwrap())[0], state)
+    return finish(static.join(leaves)[0], state)

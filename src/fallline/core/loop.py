@@ -112,7 +112,7 @@ def minimize(
     numbers = with_array_numbers(Numbers(key, every, rules), dtype)
     solver = with_array_numbers(solver, dtype)
     names = tuple(rule.describe() if not is_traced(rule) else type(rule).__name__ for rule in rules)
-    plan = Plan(tuple(record), random, keep_last=is_traced((x, bound, solver, numbers)))
+    plan = Plan(tuple(record), random, keep_last=is_traced((x, bound, solver, numbers)), each=every == 1)
     run = _Run(bound, solver, numbers, plan, x, rebuild, steps, names)
     _check_record(run)
     if plan.keep_last:
@@ -220,25 +220,27 @@ class _Run:
 
     def hosted(self, clock: float, callback: Callable[[Progress], Any] | None, progress: bool | str) -> Solution:
         """The run in compiled chunks, with the host between them."""
-        arrays, static = eqx.partition(self.parts, eqx.is_array_like)
-        static, every = Static(static), int(self.numbers.every)
-        compiled_before = compile_clock.seconds
+        leaves, static = Static.split(self.parts)
+        every = int(self.numbers.every)
+        compiled_before, began = compile_clock.seconds, time.perf_counter()
 
         def on(carry: Carry, until: int) -> Carry:
             first_row = int(carry.step) // every + 1
             seconds = np.asarray(time.perf_counter() - clock, self.dtype)
             return compiled_advance(
-                carry, arrays, np.int32(until), np.int32(first_row), seconds, static=static, plan=self.plan
+                carry, leaves, np.int32(until), np.int32(first_row), seconds, static=static, plan=self.plan
             )
 
-        carry, first = compiled_start(arrays, self.x, static=static, plan=self.plan, capacity=_ROWS)
+        carry, first = compiled_start(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
         code, step, size = int(carry.watch.code), 0, 1
+        if compile_clock.seconds == compiled_before:  # the start is worth about one step
+            size = max(1, int(0.1 * _CHUNK_SECONDS / (time.perf_counter() - began)))
         records = [np.asarray(first)[None]]
-        snapshot = _to_host(carry) if code == Ending.RUNNING and self.steps else None
+        snapshot = _to_host(carry) if code <= Ending.RUNNING and self.steps else None
         snapshot_time = time.perf_counter()
         bar = Bar(self.solver.name, self.steps, progress)
         with interruptible() as interrupted:
-            while code == Ending.RUNNING and step < self.steps:
+            while code <= Ending.RUNNING and step < self.steps:
                 first_row = step // every + 1
                 until = min(self.steps, step + size, (first_row + _ROWS) * every - 1)
                 began = time.perf_counter() - compile_clock.seconds
@@ -248,7 +250,7 @@ class _Run:
                 records.append(np.array(carry.rows)[: reached // every + 1 - first_row])
                 size = max(1, min(100 * size, int(_CHUNK_SECONDS * (reached - step) / max(took, 1e-9))))
                 step = reached
-                if code == Ending.RUNNING and step < self.steps:
+                if code <= Ending.RUNNING and step < self.steps:
                     seen = self._progress(carry, step, clock)
                     bar.update(step, seen.value, seen.gradient_norm)
                     if (callback is not None and callback(seen)) or interrupted():
@@ -264,11 +266,11 @@ class _Run:
             while (at := int(carry.step)) < step - 1:
                 carry = on(carry, min(step - 1, at + (_ROWS - 1) * every))
             state = carry.state
-        ending, test = decode(encode(Ending.STEP_LIMIT) if code == Ending.RUNNING else code)
+        ending, test = decode(encode(Ending.STEP_LIMIT) if code <= Ending.RUNNING else code)
         if state_measures(state) and not getattr(self.problem, "has_aux", False):
             point, aux = Point(state.value, state.gradient_norm), None
         else:
-            point, aux, more = compiled_finish(arrays, state, static=static)
+            point, aux, more = compiled_finish(leaves, state, static=static)
             calls = calls + more
         table = np.concatenate(records)
         history = {name: table[:, i] for i, name in enumerate(self.plan.record)}

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.extend.core as jex
 import numpy as np
@@ -199,18 +200,32 @@ def trace(fn: Callable, *args: Any, owner: Callable | None = None) -> tuple[Prog
 
 
 class Static:
-    """A pytree without arrays as one hashable argument: compared by its leaves and structure."""
+    """Everything of a pytree but its arrays, as one hashable argument of a compiled function.
 
-    def __init__(self, tree: Any):
-        leaves, self.tree = jax.tree.flatten(tree)
-        self.leaves = tuple(leaves)
+    Flattened once: a compiled function that is called often then takes a flat list of arrays.
+    """
+
+    def __init__(self, rest: tuple[Any, ...], tree: Any):
+        self.rest, self.tree = rest, tree
+
+    @staticmethod
+    def split(tree: Any) -> tuple[list[Any], Static]:
+        """The array leaves of a pytree, and the static rest."""
+        leaves, structure = jax.tree.flatten(tree)
+        is_array = [eqx.is_array_like(leaf) for leaf in leaves]
+        rest = tuple(_ARRAY if a else leaf for a, leaf in zip(is_array, leaves, strict=True))
+        return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], Static(rest, structure)
+
+    def join(self, arrays: list[Any]) -> Any:
+        """The pytree with these arrays."""
+        remaining = iter(arrays)
+        return jax.tree.unflatten(self.tree, [next(remaining) if leaf is _ARRAY else leaf for leaf in self.rest])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and (self.leaves, self.tree) == (other.leaves, other.tree)
+        return isinstance(other, Static) and (self.rest, self.tree) == (other.rest, other.tree)
 
     def __hash__(self) -> int:
-        return hash((self.leaves, self.tree))
+        return hash((self.rest, self.tree))
 
-    def unwrap(self) -> Any:
-        """The pytree again."""
-        return jax.tree.unflatten(self.tree, self.leaves)
+
+_ARRAY = enum.Enum("_Place", "ARRAY").ARRAY

@@ -57,12 +57,12 @@ def _with_parts(fn: Callable) -> Callable:
     """Compile `fn(problem, *arrays)`; problems of the same program share the code."""
 
     @functools.partial(jax.jit, static_argnames="static")
-    def compiled(arrays: Any, rest: Any, *, static: Static) -> Any:
-        return fn(eqx.combine(arrays, static.unwrap()), *rest)
+    def compiled(leaves: list[Any], rest: Any, *, static: Static) -> Any:
+        return fn(static.join(leaves), *rest)
 
     def call(problem: Problem, *rest: Any) -> Any:
-        arrays, static = eqx.partition(problem, eqx.is_array_like)
-        return compiled(arrays, rest, static=Static(static))
+        leaves, static = Static.split(problem)
+        return compiled(leaves, rest, static=static)
 
     return call
 
