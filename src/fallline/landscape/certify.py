@@ -64,6 +64,11 @@ def _with_parts(fn: Callable) -> Callable:
         leaves, static = Static.split(problem)
         return compiled(leaves, rest, static=static)
 
+    def lower(problem: Problem, *rest: Any) -> Any:
+        leaves, static = Static.split(problem)
+        return compiled.lower(leaves, rest, static=static)
+
+    call.lower = lower  # type: ignore[attr-defined]
     return call
 
 
