@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -54,46 +54,82 @@ class Optimizer(Solver):
 
     def init(self, problem: Problem, x: PyTree, *, key: Array | None) -> OptimizerState:
         update = self.transformation()
+        inner = update.init(x)
+        view = _view(update, inner, x)
+        if view.real:
+            inner = update.init(view.forward(x))
         if problem.random:
-            return OptimizerState(x, Calls(), None, None, None, jnp.zeros((), trees.real_dtype(x)), update.init(x))
+            return OptimizerState(x, Calls(), None, None, None, jnp.zeros((), trees.real_dtype(x)), inner)
         value, gradient = problem.value_and_gradient(x)
-        view = _view(update, x)
-        return OptimizerState(
-            x, GRADIENT, gradient, value, trees.norm(gradient), None, update.init(view.forward(x))
-        )
+        return OptimizerState(x, GRADIENT, gradient, value, trees.norm(gradient), None, inner)
 
     def step(self, problem: Problem, state: OptimizerState, *, key: Array | None) -> OptimizerState:
         update = self.transformation()
         if problem.random:
             value, gradient = problem.minibatch(state.x, key)
-            x, inner, used = _apply(update, problem, state.x, value, gradient, state.inner)
-            return OptimizerState(x, state.calls + MINIBATCH + used, None, None, None, value, inner)
-        x, inner, used = _apply(update, problem, state.x, state.value, state.gradient, state.inner)
-        value, gradient = problem.value_and_gradient(x)
-        return OptimizerState(
-            x, state.calls + GRADIENT + used, gradient, value, trees.norm(gradient), None, inner
-        )
+            again = lambda x: problem.minibatch(x, key)[0]  # noqa: E731  the same rows
+            x, inner, used = _apply(update, again, state.x, value, gradient, state.inner)
+            asked = MINIBATCH + Calls(minibatch=used.gradient + used.value)
+            return OptimizerState(x, state.calls + asked, None, None, None, value, inner)
+        x, inner, used = _apply(update, problem.value, state.x, state.value, state.gradient, state.inner)
+        value, gradient, asked = _value_and_gradient(update, problem, x, inner, state)
+        return OptimizerState(x, state.calls + used + asked, gradient, value, trees.norm(gradient), None, inner)
 
 
 def _apply(
-    update: optax.GradientTransformation, problem: Problem, x: PyTree, value: Array, gradient: PyTree, inner: Any
+    update: optax.GradientTransformation, objective: Callable, x: PyTree, value: Array, gradient: PyTree, inner: Any
 ) -> tuple[PyTree, Any, Calls]:
     """One `update`, with the extra arguments that it accepts, and the calls that it made itself."""
-    view = _view(update, x)
+    view = _view(update, inner, x)
     point, slope = view.forward(x), view.forward(gradient)
-    extra = {
-        "value": value,
-        "grad": slope,
-        "value_fn": lambda point: problem.value(view.backward(point)),
-    }
+    extra = {"value": value, "grad": slope, "value_fn": lambda point: objective(view.backward(point))}
     accepted = _extra_arguments(update)
     updates, inner = update.update(slope, inner, point, **{k: v for k, v in extra.items() if k in accepted})
-    point = optax.apply_updates(point, updates)
-    used = Calls()
-    if "value_fn" in accepted:
-        # Optax's line searches evaluate value and slope together, once for each trial.
-        used = Calls(gradient=optax.tree.get(inner, "num_linesearch_steps", 0))
-    return view.backward(point), inner, used
+    used = sum((_search_calls(search) for search in _searches(inner)), start=Calls())
+    return view.backward(optax.apply_updates(point, updates)), inner, used
+
+
+def _value_and_gradient(
+    update: optax.GradientTransformation, problem: Problem, x: PyTree, inner: Any, before: OptimizerState
+) -> tuple[Array, PyTree, Calls]:
+    """Value and gradient at the new point, taken from a line search that ended there."""
+    view, search = _view(update, inner, x), _last_search(update, inner)
+    known = None if search is None else (search.value, view.backward(search.grad))
+    spec = jax.tree.map(lambda a: (a.shape, a.dtype), (before.value, before.gradient))
+    if known is None or jax.tree.map(lambda a: (a.shape, a.dtype), known) != spec:
+        return *problem.value_and_gradient(x), GRADIENT
+    # A search that met infinity went back to its start and kept the value of its last trial.
+    finite = jnp.isfinite(known[0])
+    value, gradient = jax.lax.cond(finite, lambda: known, lambda: problem.value_and_gradient(x))
+    return value, gradient, Calls(gradient=jnp.where(finite, 0, 1))
+
+
+_SEARCHES = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+
+
+def _searches(inner: Any) -> list[Any]:
+    """The states of Optax's line searches in a transformation's state."""
+    found = jax.tree.leaves(inner, is_leaf=lambda s: isinstance(s, _SEARCHES))
+    return [s for s in found if isinstance(s, _SEARCHES)]
+
+
+def _search_calls(search: Any) -> Calls:
+    """What the last search asked: zoom a gradient for each trial, backtracking a value."""
+    trials = search.info.num_linesearch_steps
+    if isinstance(search, optax.ScaleByZoomLinesearchState):
+        return Calls(gradient=trials)
+    return Calls(value=trials) if search.grad is None else Calls(value=trials - 1, gradient=1)
+
+
+def _last_search(update: optax.GradientTransformation, inner: Any) -> Any:
+    """The line search whose point is the new point: the last link of a chain, with a gradient kept."""
+    name = getattr(update.update, "__qualname__", "")
+    if not (name == _CHAIN and type(inner) is tuple and inner and isinstance(inner[-1], _SEARCHES)):
+        return None
+    return None if inner[-1].grad is None else inner[-1]
+
+
+_CHAIN = optax.chain(optax.identity()).update.__qualname__
 
 
 def _extra_arguments(update: optax.GradientTransformation) -> frozenset[str]:
@@ -119,14 +155,13 @@ class _View:
     def backward(self, tree: PyTree) -> PyTree:
         if not self.real:
             return tree
-        join = lambda like, part: part[0] + 1j * part[1] if jnp.iscomplexobj(like) else part  # noqa: E731
-        return jax.tree.map(join, self.like, tree)
+        return jax.tree.map(lambda a, part: jax.lax.complex(*part) if jnp.iscomplexobj(a) else part, self.like, tree)
 
 
-def _view(update: optax.GradientTransformation, x: PyTree) -> _View:
+def _view(update: optax.GradientTransformation, inner: Any, x: PyTree) -> _View:
     """Line searches run on a real view: Optax's two disagree about the complex convention."""
-    complex_point = any(jnp.iscomplexobj(a) for a in jax.tree.leaves(x))
-    return _View(x, complex_point and "value_fn" in _extra_arguments(update))
+    searching = bool(_searches(inner)) or "value_fn" in inspect.signature(update.update).parameters
+    return _View(x, searching and any(jnp.iscomplexobj(a) for a in jax.tree.leaves(x)))
 
 
 def optimizer(factory: Callable | optax.GradientTransformation, /, **options: Any) -> Solver:
@@ -145,10 +180,11 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
 
     **Source:** Optax (DeepMind JAX ecosystem); the methods' own papers are named there.
     """
-    if isinstance(factory, optax.GradientTransformation):
+    ready = all(callable(getattr(factory, name, None)) for name in ("init", "update"))
+    if ready and not isinstance(factory, type):  # `optax.MultiSteps` is a class, and a factory
         if options:
             raise InputError("options", ", ".join(options), "none: a ready-made transformation has its numbers already")
-        return Optimizer({}, {}, _Fixed(factory), "optimizer")
+        return Optimizer({}, _Options(), _Fixed(factory), "optimizer")
     if not callable(factory):
         raise InputError("factory", type(factory).__name__, "an Optax factory such as optax.adam, or a transformation")
     label = getattr(factory, "__name__", type(factory).__name__)
@@ -156,18 +192,24 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in options:
             check_choice(f"option of {label}", name, parameters)
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in options and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in options and p.kind in _NAMED]
     if missing:
         raise InputError(f"options of {label}", ", ".join(options) or "none", f"also {', '.join(missing)}")
-    if "learning_rate" in options and np.ndim(options["learning_rate"]) == 0 and not callable(options["learning_rate"]):
-        check_positive("learning_rate", options["learning_rate"])
+    rate = options.get("learning_rate")
+    optional = "learning_rate" in parameters and parameters["learning_rate"].default is None
+    if "learning_rate" in options and not callable(rate) and not (rate is None and optional) and np.ndim(rate) == 0:
+        check_positive("learning_rate", rate)
     static = _branched_on(factory, options)
     for name in static:
-        if isinstance(options[name], jax.Array | jax.core.Tracer):
-            raise InputError(name, trees.describe(options[name]), f"a Python number: {label} branches on it, so it is fixed")
+        if isinstance(options[name], jax.Array):
+            expected = f"a Python number: {label} branches on it, so it is fixed"
+            raise InputError(name, trees.describe(options[name]), expected)
     numbers = {k: v for k, v in options.items() if _is_number(v) and k not in static}
     rest = {k: v for k, v in options.items() if k not in numbers}
     return Optimizer(numbers, _Options(rest), factory, label)
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class _Fixed:
@@ -205,9 +247,14 @@ def _same(a: Any, b: Any) -> bool:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool | str) or callable(value):
         return False
-    return isinstance(value, int | float | np.number) or (
-        isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
-    )
+    return isinstance(value, int | float | np.number) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 0)
+
+
+def _shape(number: Any) -> jax.ShapeDtypeStruct:
+    """A scalar whose value nobody knows: with it a factory that looks at the value fails."""
+    if isinstance(number, int | float):
+        return jax.ShapeDtypeStruct((), jnp.int32 if isinstance(number, int) else jnp.float32)
+    return jax.ShapeDtypeStruct((), jnp.result_type(number))
 
 
 def _branched_on(factory: Callable, options: dict[str, Any]) -> set[str]:
@@ -224,11 +271,11 @@ def _branched_on(factory: Callable, options: dict[str, Any]) -> set[str]:
             return made.update(params, state, params, **{k: v for k, v in extra.items() if k in accepted})[0]
 
         try:
-            jax.eval_shape(build, [np.asarray(options[n], np.float32 if isinstance(options[n], float) else None) for n in names], probe)
+            jax.eval_shape(build, [_shape(options[n]) for n in names], probe)
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
             return True
         except TypeError as error:
-            return "traced" in str(error).lower() or "tracer" in str(error).lower() or "concrete" in str(error).lower()
+            return any(word in str(error).lower() for word in ("traced", "tracer", "concrete"))
         except Exception:  # the options fit the user's own point only; the run will say
             return False
         return False
