@@ -29,11 +29,12 @@ help:  ## This list
 	@$(call INSTALL,docs)
 	@touch $@
 
-# One line for each wheel that is fetched; pip's own words go to .venv/install.log.
+# One line for each package that is fetched; pip's own words go to .venv/install.log.
 define INSTALL
 set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
     -c constraints.txt -e ".[$(1)]" 2>&1 | tee .venv/install.log \
-  | sed -nuE 's/^ *Downloading (.*\/)?([^ ]+\.(whl|tar\.gz))( \(.*\))?$$/    \2\4/p' \
+  | sed -nuE -e 's/^ *(Downloading|Using cached) (.*\/)?([A-Za-z0-9_.]+-[0-9][^-]*)[^ ]*\.(whl|tar\.gz)( \(.*\))?$$/    \3\5/p' \
+             -e 's/^Installing collected packages:.*/==> unpacking (a minute or two)/p' \
   || { tail -n 20 .venv/install.log >&2; echo "The installation failed; all of it is in .venv/install.log" >&2; exit 1; }
 endef
 SHELL := /bin/bash

@@ -70,7 +70,7 @@ def test_every_requirement_has_an_exact_version_for_make():
 def test_requirements_have_no_upper_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     for requirement in project["dependencies"]:
-        assert re.fullmatch(r"[a-z-]+>=[0-9.]+", requirement), requirement
+        assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+", requirement), requirement
 
 
 def test_import_loads_nothing_that_only_a_part_needs():
@@ -86,6 +86,6 @@ def test_all_public_names_exist_and_are_documented():
 
 
 def test_the_command_says_what_it_can():
-    done = python("-m", "fallline.cli", "--help")
+    done = python("-c", "import sys; sys.argv = ['fallline', '--help']; from fallline.cli import main; sys.exit(main())")
     assert done.returncode == 0, done.stderr
     assert "certify" in done.stdout
