@@ -10,6 +10,7 @@ import pytest
 import fallline as fl
 from fallline import Verdict
 from fallline.landscape import certify as module
+from fallline.landscape import spectrum
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,10 @@ def test_linear_objective_is_not_stationary():
 
 def test_verdict_does_not_depend_on_the_units_of_the_value():
     for scale in (1e-12, 1.0, 1e12):
-        fn = lambda x, s=scale: s * (x[0] ** 2 - x[1] ** 2 + x[1] ** 4)
+
+        def fn(x, s=scale):
+            return s * (x[0] ** 2 - x[1] ** 2 + x[1] ** 4)
+
         assert fl.certify(fn, np.zeros(2)).verdict is Verdict.STRICT_SADDLE
         assert fl.certify(fn, np.array([0.0, np.sqrt(0.5)])).verdict is Verdict.LOCAL_MINIMUM
         assert fl.certify(fn, np.array([0.1, 0.5])).verdict is Verdict.NOT_STATIONARY
@@ -82,7 +86,9 @@ def test_float32_point():
 
 
 def test_pytree_point_and_direction():
-    fn = lambda p: p["a"] ** 2 - jnp.sum(p["b"] ** 2) + jnp.sum(p["b"] ** 4)
+    def fn(p):
+        return p["a"] ** 2 - jnp.sum(p["b"] ** 2) + jnp.sum(p["b"] ** 4)
+
     c = fl.certify(fn, {"a": np.float64(0), "b": np.zeros((2, 1))})
     assert c.verdict is Verdict.STRICT_SADDLE
     assert c.direction["b"].shape == (2, 1)
@@ -98,7 +104,9 @@ def rotation(x):
 
 def test_rotation():
     # (‖x‖² − 1)² on the plane: the circle is a minimum, flat along it; radial curvature 8.
-    fn = lambda x: (x @ x - 1) ** 2
+    def fn(x):
+        return (x @ x - 1) ** 2
+
     x = np.array([np.cos(0.3), np.sin(0.3)])
     assert fl.certify(fn, x).verdict is Verdict.SECOND_ORDER_STATIONARY
     c = fl.certify(fl.Objective(fn, symmetry=rotation), x)
@@ -111,7 +119,9 @@ def test_rotation():
 
 def test_phase_of_complex_variables():
     # Σᵢ (|zᵢ|² − 1)²-like through one measurement: f(z) = (|aᴴz|² − 1)² + |bᴴz|², z ∈ C².
-    fn = lambda z: (z[0].real ** 2 + z[0].imag ** 2 - 1) ** 2 + (z[1].real ** 2 + z[1].imag ** 2)
+    def fn(z):
+        return (z[0].real ** 2 + z[0].imag ** 2 - 1) ** 2 + (z[1].real ** 2 + z[1].imag ** 2)
+
     z = np.array([np.exp(0.7j), 0])
     c = fl.certify(fl.Objective(fn, symmetry=lambda z: (1j * z)[None]), z)
     assert c.verdict is Verdict.MINIMUM_MODULO_SYMMETRY
@@ -134,7 +144,10 @@ def general_linear(p):
 def test_general_linear_symmetry_of_a_factorization(dense, monkeypatch):
     # ½‖W1 W2 − diag(4, 2, 1)‖² with k = 2: minima keep the two largest, saddles swap them.
     target = np.diag([4.0, 2.0, 1.0])
-    fn = lambda p: 0.5 * jnp.sum((p[0] @ p[1] - target) ** 2)
+
+    def fn(p):
+        return 0.5 * jnp.sum((p[0] @ p[1] - target) ** 2)
+
     problem = fl.Objective(fn, symmetry=general_linear)
 
     def at(kept):
@@ -173,7 +186,9 @@ def test_a_value_below_the_declared_bound_is_refused():
 
 
 def test_kinks_are_refused_a_second_order_verdict():
-    relu = lambda x: jax.nn.relu(x[0]) - x[1] ** 2 + x[0] ** 2
+    def relu(x):
+        return jax.nn.relu(x[0]) - x[1] ** 2 + x[0] ** 2
+
     for fn in (lambda x: jnp.sum(jnp.abs(x)), lambda x: jnp.max(x**2), relu):
         c = fl.certify(fn, np.zeros(2))
         assert c.verdict is Verdict.INCONCLUSIVE and "kink" in c.reason
@@ -283,7 +298,10 @@ def test_million_parameter_network_holds_few_vectors():
     sizes = (64, 970, 960, 10)
     rng = np.random.default_rng(0)
     with jax.enable_x64(False):
-        params = [jnp.asarray(rng.standard_normal((a, b)) / np.sqrt(a), jnp.float32) for a, b in zip(sizes, sizes[1:])]
+        params = [
+            jnp.asarray(rng.standard_normal((a, b)) / np.sqrt(a), jnp.float32)
+            for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        ]
         data = jnp.asarray(rng.standard_normal((16, 64)), jnp.float32)
 
         def loss(params, data):
@@ -299,8 +317,8 @@ def test_million_parameter_network_holds_few_vectors():
         assert n > 1_000_000 - 10_000
         problem = bind(loss, params, lambda x: x, args=(data,))
         nothing = jnp.zeros((0, n), jnp.float32)
-        run = jax.eval_shape(lambda: module.start_lanczos(jnp.zeros(n, jnp.float32), module._CAPACITY))
-        memory = module._extend.lower(problem, params, nothing, run, np.int32(60)).compile().memory_analysis()
+        run = jax.eval_shape(lambda: spectrum.start_lanczos(jnp.zeros(n, jnp.float32), spectrum._CAPACITY))
+        memory = spectrum._extend.lower(problem, params, nothing, run, np.int32(60)).compile().memory_analysis()
         vectors = memory.temp_size_in_bytes / (4 * n)
         # Beside its arguments (the point, and the run's two vectors) and its result.
         assert vectors <= 5.5

@@ -88,21 +88,24 @@ class Certificate:
         return {**plain, "calls": self.calls.as_dict()}
 
     def __str__(self) -> str:
-        lines = [f"{self.verdict}: {self.reason}"]
-        lines.append(f"  value            {self.value:.10g}")
+        lines = [f"{self.verdict}: {self.reason}", f"  value            {self.value:.10g}"]
         if self.lower_bound is not None:
-            lines.append(f"  lower bound      {self.lower_bound:.10g}  (met within {self.value_tolerance:.1e}?)")
-        limit = self.tolerance * self.gradient_scale
-        lines.append(f"  gradient norm    {self.gradient_norm:.3e}  (zero at {limit:.1e})")
+            near = "" if self.value_tolerance is None else f"  (met within {self.value_tolerance:.1e}?)"
+            lines.append(f"  lower bound      {self.lower_bound:.10g}{near}")
+        zero = f"  (zero at {self.tolerance * self.gradient_scale:.1e})"
+        lines.append(f"  gradient norm    {self.gradient_norm:.3e}{zero}")
         if self.rayleigh is not None:
-            lines.append(f"  curvature vᵀHv   {self.rayleigh:.6e}  (residual {self.residual:.1e}; zero at {self.curvature_tolerance:.1e})")
+            trust = f"(residual {self.residual:.1e}; zero at {self.curvature_tolerance:.1e})"
+            lines.append(f"  curvature vᵀHv   {self.rayleigh:.6e}  {trust}")
         if self.lower is not None:
             how = "dense, rounding included"
             if self.method == "lanczos":
-                how = f"probability {1 - (self.failure_probability or 0):g}, {self.lanczos_steps} Lanczos steps, spread {self.spread:.3g}"
+                sure = 1 - (self.failure_probability or 0)
+                how = f"probability {sure:g}, {self.lanczos_steps} Lanczos steps, spread {self.spread:.3g}"
             lines.append(f"  λ_min at least   {self.lower:.6e}  ({how})")
         if self.symmetry_dimension:
-            lines.append(f"  symmetry         {self.symmetry_dimension} directions deflated, ‖Ht‖/‖H‖ ≤ {self.symmetry_residual:.1e}")
+            flat = f"{self.symmetry_dimension} directions deflated, ‖Ht‖/‖H‖ ≤ {self.symmetry_residual:.1e}"
+            lines.append(f"  symmetry         {flat}")
         if self.decrease is not None:
             lines.append(f"  the way out      step {self.step:.3g} along v lowers the value by {self.decrease:.6g}")
         lines.append(f"  calls            {self.calls}, {self.seconds:.2f} s")

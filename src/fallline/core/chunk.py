@@ -109,7 +109,14 @@ def _row(plan: Plan, state: Any, point: Point, dtype: Any) -> Array:
 
 
 def _look(
-    problem: Problem, numbers: Numbers, watch: Watch, state: Any, extra: Calls, point: Point, before: Point, seconds: Any
+    problem: Problem,
+    numbers: Numbers,
+    watch: Watch,
+    state: Any,
+    extra: Calls,
+    point: Point,
+    before: Point,
+    seconds: Any,
 ) -> Watch:
     """Judge the current point: the first rule in the user's order wins, divergence over all."""
     same = (point.value == before.value) & (point.norm == before.norm)

@@ -53,7 +53,7 @@ _SNAPSHOT_SECONDS = 3.0
 
 
 def minimize(
-    problem: Problem | Callable,
+    problem: Problem | Callable[..., Any],
     x0: PyTree,
     solver: Solver,
     *,

@@ -7,6 +7,7 @@ is for whoever has oracles in closed form.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -101,20 +102,20 @@ class Objective(Problem):
     - `smooth`: set True where the kinks that the certificate sees in the program are never felt.
     """
 
-    fn: Callable = eqx.field(static=True)
+    fn: Callable[..., Any] = eqx.field(static=True)
     args: tuple = ()
     declared_bound: Any = None
-    tangents: Callable | None = eqx.field(static=True, default=None)
+    tangents: Callable[..., Any] | None = eqx.field(static=True, default=None)
     has_aux: bool = eqx.field(static=True, default=False)
     smooth: bool = eqx.field(static=True, default=False)
 
     def __init__(
         self,
-        fn: Callable,
+        fn: Callable[..., Any],
         args: tuple = (),
         *,
         lower_bound: float | None = None,
-        symmetry: Callable | None = None,
+        symmetry: Callable[..., Any] | None = None,
         has_aux: bool = False,
         smooth: bool = False,
     ):
@@ -187,20 +188,20 @@ class FiniteSum(Problem):
 
     oracles: ClassVar[frozenset[str]] = Problem.oracles | {"minibatch", "per_example"}
 
-    loss: Callable = eqx.field(static=True)
+    loss: Callable[..., Any] = eqx.field(static=True)
     data: PyTree
     batch_size: int | None = eqx.field(static=True, default=None)
     declared_bound: Any = None
-    tangents: Callable | None = eqx.field(static=True, default=None)
+    tangents: Callable[..., Any] | None = eqx.field(static=True, default=None)
 
     def __init__(
         self,
-        loss: Callable,
+        loss: Callable[..., Any],
         data: PyTree,
         batch_size: int | None = None,
         *,
         lower_bound: float | None = None,
-        symmetry: Callable | None = None,
+        symmetry: Callable[..., Any] | None = None,
     ):
         if not callable(loss):
             raise InputError("loss", type(loss).__name__, "a callable loss(x, batch) -> per-example losses")
@@ -236,7 +237,10 @@ class FiniteSum(Problem):
 
     def per_example_gradients(self, x: PyTree, batch: PyTree) -> PyTree:
         """Gradient of each row's own loss, on a leading axis."""
-        single = lambda x, row: self.losses(x, jax.tree.map(lambda a: a[None], row))[0]  # noqa: E731
+
+        def single(x: PyTree, row: PyTree) -> Array:
+            return self.losses(x, jax.tree.map(lambda a: a[None], row))[0]
+
         gradients = jax.vmap(jax.grad(single), in_axes=(None, 0))(x, batch)
         return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradients)
 
@@ -298,7 +302,7 @@ def _no_loss(x: PyTree, batch: PyTree) -> Array:
 
 
 def bind(
-    problem: Problem | Callable,
+    problem: Problem | Callable[..., Any],
     x: PyTree,
     rebuild: Callable[[PyTree], PyTree],
     *,
@@ -334,7 +338,7 @@ def _data(problem: Problem) -> Any:
     return eqx.filter(problem, eqx.is_array_like)
 
 
-def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable) -> Problem:
+def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable[..., Any]) -> Problem:
     captured = _captured(problem.fn)
     trees.check_width("problem", captured)
     dynamic, static = eqx.partition(problem.args, eqx.is_array_like)
@@ -346,7 +350,8 @@ def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable) -> Problem
 
     program, consts = _guard(problem.label, lambda: trace(flat, x, leaves, owner=problem.fn))
     trees.check_no_nan("problem", consts)
-    out = jax.tree.unflatten(program.out_tree, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.outvars])
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.outvars]
+    out = jax.tree.unflatten(program.out_tree, shapes)
     if problem.has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise InputError("problem", f"{problem.label} returning {_shapes(out)}", "(scalar, aux), for has_aux=True")
@@ -355,17 +360,23 @@ def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable) -> Problem
     return TracedObjective(program, consts, leaves, problem.declared_bound, problem.has_aux)
 
 
-def _bind_finite_sum(problem: FiniteSum, x: PyTree, rebuild: Callable, needs: frozenset[str]) -> Problem:
+def _bind_finite_sum(problem: FiniteSum, x: PyTree, rebuild: Callable[..., Any], needs: frozenset[str]) -> Problem:
     rows = {problem.size}
     if problem.batch_size is not None:
         rows.add(problem.batch_size)
     if "per_example" in needs:
         rows.add(1)
     programs, consts = {}, {}
+
+    def flat(x: PyTree, batch: PyTree) -> Array:
+        return problem.loss(rebuild(x), batch)
+
     for n in sorted(rows):
-        batch = jax.tree.map(lambda a, n=n: jax.ShapeDtypeStruct((n, *np.shape(a)[1:]), jnp.result_type(a)), problem.data)
-        flat = lambda x, batch: problem.loss(rebuild(x), batch)  # noqa: E731
-        programs[n], consts[n] = _guard(problem.label, lambda n=n, b=batch: trace(flat, x, b, owner=problem.loss))
+        batch = jax.tree.map(
+            lambda a, n=n: jax.ShapeDtypeStruct((n, *np.shape(a)[1:]), jnp.result_type(a)), problem.data
+        )
+        run = functools.partial(trace, flat, x, batch, owner=problem.loss)
+        programs[n], consts[n] = _guard(problem.label, run)
         trees.check_no_nan("loss", consts[n])
         out = [v.aval for v in programs[n].jaxpr.outvars]
         if len(out) != 1 or out[0].shape != (n,) or not jnp.issubdtype(out[0].dtype, jnp.floating):
@@ -374,7 +385,7 @@ def _bind_finite_sum(problem: FiniteSum, x: PyTree, rebuild: Callable, needs: fr
     return TracedFiniteSum(problem, programs, consts)
 
 
-def _captured(fn: Callable) -> dict[str, Any]:
+def _captured(fn: Callable[..., Any]) -> dict[str, Any]:
     """Arrays that a function closes over or reads as globals: JAX would narrow them silently."""
     try:
         scope = inspect.getclosurevars(fn)

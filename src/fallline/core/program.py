@@ -27,7 +27,7 @@ __all__ = ["Program", "Static", "trace"]
 class _Identity:
     """Equal only for the same function object (or the same method of the same object)."""
 
-    def __init__(self, fn: Callable):
+    def __init__(self, fn: Callable[..., Any]):
         self.fn = fn
         bound = isinstance(fn, types.MethodType)
         self.ids = (id(fn.__self__), id(fn.__func__)) if bound else (id(fn),)
@@ -156,7 +156,7 @@ def _default_spec(eqn: Any, name: str) -> Any:
 class Program:
     """A traced function without its data. Hashable; equal where the computation is the same."""
 
-    def __init__(self, jaxpr: Any, in_tree: Any, out_tree: Any, fn: Callable):
+    def __init__(self, jaxpr: Any, in_tree: Any, out_tree: Any, fn: Callable[..., Any]):
         self.jaxpr = jaxpr
         self.in_tree = in_tree
         self.out_tree = out_tree
@@ -169,9 +169,7 @@ class Program:
         self._hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Program) and self._hash == other._hash and self.key == other.key
-        )
+        return self is other or (isinstance(other, Program) and self._hash == other._hash and self.key == other.key)
 
     def __hash__(self) -> int:
         return self._hash
@@ -185,7 +183,7 @@ class Program:
         return jax.tree.unflatten(self.out_tree, out)
 
 
-def trace(fn: Callable, *args: Any, owner: Callable | None = None) -> tuple[Program, list[Any]]:
+def trace(fn: Callable[..., Any], *args: Any, owner: Callable[..., Any] | None = None) -> tuple[Program, list[Any]]:
     """Trace ``fn`` at the shapes of ``args``, once.
 
     **Arguments:** `owner` — the object whose identity stands for `fn` where its jaxpr does not

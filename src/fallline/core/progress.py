@@ -63,8 +63,9 @@ class Bar:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = RichProgress(*columns, TextColumn("{task.fields[point]}"), console=Console(stderr=True), transient=True)
+            count, rest, point = MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[point]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), count, rest, point)
+            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self._label, total=self._steps, point="")
         self._bar.update(self._task, completed=step, point=f"value {value:.6g}  ‖∇f‖ {gradient_norm:.2g}")

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 __all__ = ["kinks"]
 
 _KINKED = frozenset(
-    "abs max min reduce_max reduce_min sign floor ceil round clamp sort top_k cummax cummin argmax argmin rem "
-    "nextafter reduce_precision reduce_window_max select_and_scatter_add select_and_gather_add".split()
+    {"abs", "max", "min", "reduce_max", "reduce_min", "cummax", "cummin", "reduce_window_max"}
+    | {"select_and_scatter_add", "select_and_gather_add", "sort", "top_k", "argmax", "argmin"}
+    | {"sign", "floor", "ceil", "round", "rem", "clamp", "nextafter", "reduce_precision"}
 )
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 # Smooth functions whose implementation guards against overflow with a maximum of its own.
@@ -92,8 +93,7 @@ def _walk(jaxpr: Any, active: list[bool], found: set[str]) -> list[bool]:
         elif name in _COMPARISONS:
             pass  # a jump only where something continuous is selected by it
         elif (name == "select_n" and ins[0]) or (
-            name == "convert_element_type"
-            and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.bool_)
+            name == "convert_element_type" and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.bool_)
         ):
             found.add("where" if name == "select_n" else "comparison")
         elif name == "convert_element_type" and not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):

@@ -35,6 +35,10 @@ _ADVICE = {
 OWN_TEST = -1
 
 
+def _words(ending: Ending) -> str:
+    return ending.name.lower().replace("_", " ")
+
+
 class Status(eqx.Module):
     """How a run ended, and at which step.
 
@@ -56,7 +60,7 @@ class Status(eqx.Module):
     @property
     def name(self) -> str:
         """The ending in words: `"converged"`, `"step limit"`, …"""
-        return self.ending.name.lower().replace("_", " ")
+        return _words(self.ending)
 
     @property
     def converged(self) -> Any:
@@ -79,7 +83,7 @@ class Status(eqx.Module):
     def __str__(self) -> str:
         if np.ndim(self.code):
             codes, counts = np.unique(np.asarray(self.code), return_counts=True)
-            return ", ".join(f"{n} × {Ending(int(c)).name.lower().replace('_', ' ')}" for c, n in zip(codes, counts, strict=True))
+            return ", ".join(f"{n} × {_words(Ending(int(c)))}" for c, n in zip(codes, counts, strict=True))
         by = f" by {self.met}" if self.met else ""
         return f"{self.name}{by} at step {int(self.step)}"
 

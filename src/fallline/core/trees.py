@@ -89,9 +89,7 @@ def check_no_nan(name: str, tree: PyTree) -> None:
         parts = (array.real, array.imag) if np.iscomplexobj(array) else (array,)
         if any(part.size and np.isnan(np.min(part)) for part in parts):
             count = int(np.isnan(array).sum())
-            raise InputError(
-                _path(name, path), f"{describe(array)} with {count} NaN", "no NaN (mask missing entries)"
-            )
+            raise InputError(_path(name, path), f"{describe(array)} with {count} NaN", "no NaN (mask missing entries)")
 
 
 def split(x0: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
@@ -150,8 +148,8 @@ def real_dtype(tree: PyTree) -> jnp.dtype:
 def norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over all leaves, accumulated in at least float32."""
     dtype = real_dtype(tree)
-    squares = [jnp.sum(jnp.square(jnp.abs(a) if jnp.iscomplexobj(a) else a.astype(dtype))) for a in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares[1:], start=squares[0])).astype(dtype)
+    sizes = [jnp.abs(a) if jnp.iscomplexobj(a) else a.astype(dtype) for a in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum((jnp.sum(jnp.square(a)) for a in sizes), start=jnp.zeros((), dtype))).astype(dtype)
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:

@@ -109,7 +109,7 @@ class PerturbedGradientDescent(Solver):
             state, **_look(problem, x), calls=state.calls + GRADIENT, since_noise=state.since_noise + 1
         )
 
-    def _perturb(self, problem: Problem, state: PerturbedState, key: Array | None) -> PerturbedState:
+    def _perturb(self, problem: Problem, state: PerturbedState, key: Any) -> PerturbedState:
         x = jax.tree.map(jnp.add, state.x, uniform_ball(key, state.x, self.radius))
         return dataclasses.replace(
             state,

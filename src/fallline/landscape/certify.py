@@ -15,8 +15,6 @@ mistaken for a degenerate one.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,99 +30,30 @@ from ..core.calls import Calls
 from ..core.certificate import Certificate, Verdict
 from ..core.errors import InputError, check_count, check_positive, is_traced
 from ..core.problem import Problem, bind
-from ..core.program import Static
-from ..parts.linalg import (
-    dense,
-    extend_lanczos,
-    lanczos_gap,
-    orthonormal_rows,
-    ritz_vector,
-    start_lanczos,
-    tridiagonal_eigh,
-)
+from ..parts.linalg import orthonormal_rows
 from ..parts.sampling import unit_vector
+from .spectrum import dense_spectrum, hessian_scale, lanczos_spectrum, with_problem
 
 __all__ = ["certify", "escape"]
 
 DENSE_LIMIT = 2000  # real coordinates up to which the whole Hessian is formed
-_CAPACITY = 1024  # Lanczos steps that fit the buffers
-_FIRST_STEPS = 16  # enough to know the Hessian's scale
+_SCALE_STEPS = 16  # enough to know the Hessian's scale
 _STEP_SIZES = 2.0 ** np.arange(4, -28, -1)  # trial steps along ±v, in units of max(‖x‖, 1)
-_SYMMETRY_PROBES = 8
 
 
-def _with_parts(fn: Callable) -> Callable:
-    """Compile `fn(problem, *arrays)`; problems of the same program share the code."""
-
-    @functools.partial(jax.jit, static_argnames="static")
-    def compiled(leaves: list[Any], rest: Any, *, static: Static) -> Any:
-        return fn(static.join(leaves), *rest)
-
-    def call(problem: Problem, *rest: Any) -> Any:
-        leaves, static = Static.split(problem)
-        return compiled(leaves, rest, static=static)
-
-    def lower(problem: Problem, *rest: Any) -> Any:
-        leaves, static = Static.split(problem)
-        return compiled.lower(leaves, rest, static=static)
-
-    call.lower = lower  # type: ignore[attr-defined]
-    return call
-
-
-def _product(problem: Problem, x: PyTree, deflate: Array) -> Callable[[Array], Array]:
-    """v ↦ P H P v on the real view, with P the projection off the rows of `deflate`."""
-    hessian = problem.hessian(x)
-
-    def product(v: Array) -> Array:
-        w = trees.flatten(hessian(trees.unflatten(v, x)))
-        return w - deflate.T @ (deflate @ w)
-
-    return product
-
-
-@_with_parts
+@with_problem
 def _first_order(problem: Problem, x: PyTree) -> tuple[Array, Array, Array]:
     value, gradient = problem.value_and_gradient(x)
     return value, trees.flatten(gradient), trees.norm(x)
 
 
-@_with_parts
-def _begin(problem: Problem, x: PyTree, deflate: Array, key: Array) -> Any:
-    start = unit_vector(key, trees.flat_size(x), trees.real_dtype(x))
-    for _ in range(2):  # twice is enough
-        start = start - deflate.T @ (deflate @ start)
-    return start_lanczos(start / jnp.linalg.norm(start), _CAPACITY)
-
-
-@_with_parts
-def _extend(problem: Problem, x: PyTree, deflate: Array, run: Any, until: Array) -> Any:
-    return extend_lanczos(_product(problem, x, deflate), run, until)
-
-
-@_with_parts
-def _assemble(problem: Problem, x: PyTree, deflate: Array, start: Array, weights: Array, steps: Array) -> Array:
-    return ritz_vector(_product(problem, x, deflate), start, weights, steps)
-
-
-@_with_parts
-def _dense_hessian(problem: Problem, x: PyTree) -> Array:
-    n, dtype = trees.flat_size(x), trees.real_dtype(x)
-    return dense(_product(problem, x, jnp.zeros((0, n), dtype)), n, dtype)
-
-
-@_with_parts
-def _image(problem: Problem, x: PyTree, deflate: Array, v: Array) -> Array:
-    return _product(problem, x, deflate)(v)
-
-
-@_with_parts
+@with_problem
 def _values_along(problem: Problem, x: PyTree, v: Array, steps: Array) -> Array:
     flat = trees.flatten(x)
     return jax.lax.map(lambda t: problem.value(trees.unflatten(flat + t * v, x)).astype(flat.dtype), steps)
 
 
-@_with_parts
+@with_problem
 def _difference_check(problem: Problem, x: PyTree, v: Array, h: Array) -> Array:
     """‖(∇f(x + hv) − ∇f(x − hv)) / 2h − Hv‖: whether the Hessian is the gradient's derivative at all."""
     flat = trees.flatten(x)
@@ -132,22 +61,8 @@ def _difference_check(problem: Problem, x: PyTree, v: Array, h: Array) -> Array:
     return jnp.linalg.norm((ahead - behind) / (2 * h) - trees.flatten(problem.hessian(x)(trees.unflatten(v, x))))
 
 
-@dataclasses.dataclass
-class _Spectrum:
-    """What is known of the Hessian on the complement of the symmetry."""
-
-    direction: Array | None
-    rayleigh: float
-    residual: float
-    lower: float
-    largest: float
-    spread: float
-    method: str
-    steps: int | None = None
-
-
 def certify(
-    problem: Problem | Callable,
+    problem: Problem | Callable[..., Any],
     x: PyTree,
     *,
     args: tuple = (),
@@ -226,19 +141,16 @@ def certify(
         return conclude(Verdict.NOT_STATIONARY, "value or gradient is not finite here")
 
     # The Hessian's scale, without which no gradient is small.
-    nothing = jnp.zeros((0, n), dtype)
-    first = min(_FIRST_STEPS, n, max_hvp // 2)
-    run = _extend(problem, point, nothing, _begin(problem, point, nothing, key), np.int32(first))
-    calls += Calls(hvp=int(run.steps))
-    ritz, _, _ = tridiagonal_eigh(run)
-    scale = float(np.max(np.abs(ritz)))
+    scale, used = hessian_scale(problem, point, key, min(_SCALE_STEPS, n, max_hvp // 2))
+    calls += used
     facts: dict[str, Any] = {"gradient_scale": scale * radius}
     if not np.isfinite(scale):
         return conclude(Verdict.INCONCLUSIVE, "the Hessian is not finite here", **facts)
     if gradient_norm > tolerance * scale * radius:
         reason = f"the gradient norm is {gradient_norm:.2e}: go on minimizing"
         if kinks:  # at a kink a gradient may be large at a minimum: ask for a decrease
-            along = _values_along(problem, point, gradient / gradient_norm, -_STEP_SIZES.astype(dtype) * dtype.type(radius))
+            back = -_STEP_SIZES.astype(dtype) * dtype.type(radius)
+            along = _values_along(problem, point, gradient / gradient_norm, back)
             calls += Calls(value=len(_STEP_SIZES))
             if not np.nanmin(np.asarray(along)) < value - 100 * rounding * abs(value):
                 kinked = f"the objective may have kinks ({', '.join(kinks)}), and no step along −∇f lowers it"
@@ -276,7 +188,7 @@ def certify(
         facts.update(symmetry_residual=0.0)
         return conclude(Verdict.MINIMUM_MODULO_SYMMETRY, "every direction is a symmetry", calls=calls, **facts)
 
-    search = _dense_spectrum if is_dense else _lanczos_spectrum
+    search = dense_spectrum if is_dense else lanczos_spectrum
     spectrum, tangent_size, used = search(
         problem, point, deflate, key, scale, curvature_tolerance, failure_probability, max_hvp - int(calls.hvp)
     )
@@ -285,7 +197,9 @@ def certify(
     limit = curvature_tolerance * scale
     if r and tangent_size > limit + tolerance * scale:
         raise InputError(
-            "symmetry", f"tangents with ‖Ht‖/‖H‖ = {tangent_size / scale:.1e}", "directions along which the objective is constant"
+            "symmetry",
+            f"tangents with ‖Ht‖/‖H‖ = {tangent_size / scale:.1e}",
+            "directions along which the objective is constant",
         )
     facts.update(
         gradient_scale=scale * radius,
@@ -296,7 +210,7 @@ def certify(
         largest=spectrum.largest,
         spread=spectrum.spread,
         method=spectrum.method,
-        lanczos_steps=spectrum.steps,
+        lanczos_steps=spectrum.steps or None,
         symmetry_residual=tangent_size / scale if r else None,
     )
 
@@ -345,81 +259,6 @@ def _tangent_basis(problem: Any, x: PyTree, point: PyTree, dtype: Any) -> Array:
     return orthonormal_rows(rows, float(np.sqrt(np.finfo(dtype).eps)))
 
 
-def _dense_spectrum(
-    problem: Problem, x: PyTree, deflate: Array, key: Array, scale: float, curvature: float, failure: float, budget: int
-) -> tuple[_Spectrum, float, Calls]:
-    """The whole spectrum; λ_min is bounded by its computed value less the rounding of the Hessian."""
-    raw = np.asarray(_dense_hessian(problem, x))
-    rounding = np.finfo(raw.dtype).eps
-    raw = raw.astype(np.float64)
-    n, q = raw.shape[0], np.asarray(deflate, np.float64)
-    hessian = (raw + raw.T) / 2
-    basis = np.linalg.qr(q.T, mode="complete")[0][:, q.shape[0] :]
-    values, vectors = np.linalg.eigh(basis.T @ hessian @ basis)
-    v = basis @ vectors[:, 0]
-    rayleigh, image = float(values[0]), hessian @ v
-    image -= q.T @ (q @ image)
-    largest = float(max(abs(values[0]), abs(values[-1])))
-    # The Hessian's own asymmetry shows its rounding; √n·u·‖H‖ stands for what symmetric errors hide.
-    error = float(np.linalg.norm(raw - raw.T, 2) / 2 + np.sqrt(n) * rounding * largest)
-    tangent = float(np.linalg.norm(hessian @ q.T, 2)) if q.size else 0.0
-    spectrum = _Spectrum(
-        direction=jnp.asarray(v, deflate.dtype),
-        rayleigh=rayleigh,
-        residual=float(np.linalg.norm(image - rayleigh * v)),
-        lower=rayleigh - error,
-        largest=largest,
-        spread=float(values[-1] - values[0]),
-        method="dense",
-    )
-    return spectrum, tangent, Calls(hvp=n)
-
-
-def _lanczos_spectrum(
-    problem: Problem, x: PyTree, deflate: Array, key: Array, scale: float, curvature: float, failure: float, budget: int
-) -> tuple[_Spectrum, float, Calls]:
-    """The lower end of the spectrum by two-pass Lanczos: at most five vectors are held."""
-    n, r = deflate.shape[1], deflate.shape[0]
-    rounding = float(np.finfo(deflate.dtype).eps)
-    tangent, calls = 0.0, Calls()
-    for i in range(min(r, _SYMMETRY_PROBES)):
-        t = unit_vector(jax.random.fold_in(key, i + 1), r, deflate.dtype) @ deflate
-        tangent = max(tangent, float(jnp.linalg.norm(_image(problem, x, jnp.zeros((0, n), t.dtype), t))))
-        calls += Calls(hvp=1)
-
-    # Half of the budget is kept for the second pass. Each look may be wrong: δ is shared among them.
-    most = max(1, min((budget - int(calls.hvp) - 1) // 2, _CAPACITY, n - r))
-    looks = [k for k in (16, 32, 64, 128, 256, 512) if k < most] + [most]
-    each = failure / (2 * len(looks))
-    run = _begin(problem, x, deflate, key)
-    start = run.current
-    for k in looks:
-        run = _extend(problem, x, deflate, run, np.int32(k))
-        values, vectors, beta = tridiagonal_eigh(run)
-        done = int(run.steps)
-        lowest, highest = float(values[0]), float(values[-1])
-        largest = max(abs(lowest), abs(highest), scale)
-        gap = lanczos_gap(n - r, done, each) if bool(run.alive) else 0.0
-        width = (highest - lowest) / (1 - 2 * gap) if gap < 0.5 else np.inf
-        lower = lowest - gap * width - 10 * done * rounding * largest
-        limit = curvature * largest
-        converged = beta * abs(vectors[-1, 0]) <= 1e-2 * abs(lowest)
-        if (lowest < -limit and converged) or lower >= -limit or not bool(run.alive):
-            break
-    calls += Calls(hvp=done)
-    spectrum = _Spectrum(None, lowest, beta * abs(float(vectors[-1, 0])), lower, largest, highest - lowest, "lanczos", done)
-    if lowest < -limit:
-        weights = np.zeros(_CAPACITY, deflate.dtype)
-        weights[:done] = vectors[:, 0]
-        v = _assemble(problem, x, deflate, start, weights, np.int32(done))
-        image = np.asarray(_image(problem, x, deflate, v), np.float64)
-        calls += Calls(hvp=done + 1)
-        v64 = np.asarray(v, np.float64)
-        spectrum.direction, spectrum.rayleigh = v, float(v64 @ image)
-        spectrum.residual = float(np.linalg.norm(image - spectrum.rayleigh * v64))
-    return spectrum, tangent, calls
-
-
 def escape(certificate: Certificate) -> PyTree:
     """A point with a lower value: from a strict saddle along its certified direction.
 
@@ -429,7 +268,8 @@ def escape(certificate: Certificate) -> PyTree:
     **Raises:** `InputError` where the verdict is no strict saddle.
     """
     if certificate.verdict is not Verdict.STRICT_SADDLE:
-        hint = "minimize goes on from there" if certificate.verdict is Verdict.NOT_STATIONARY else "there is no certified way out"
+        stationary = certificate.verdict is not Verdict.NOT_STATIONARY
+        hint = "there is no certified way out" if stationary else "minimize goes on from there"
         raise InputError("certificate", f"'{certificate.verdict}'", f"'{Verdict.STRICT_SADDLE}'; {hint}")
     point, rebuild = trees.split(certificate.x)
     flat, v = trees.flatten(point), trees.flatten(certificate.direction)

@@ -11,7 +11,16 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float
 
-__all__ = ["Lanczos", "dense", "extend_lanczos", "lanczos_gap", "orthonormal_rows", "ritz_vector", "start_lanczos"]
+__all__ = [
+    "Lanczos",
+    "dense",
+    "extend_lanczos",
+    "lanczos_gap",
+    "orthonormal_rows",
+    "ritz_vector",
+    "start_lanczos",
+    "tridiagonal_eigh",
+]
 
 
 class Lanczos(NamedTuple):
@@ -35,7 +44,7 @@ def start_lanczos(start: Float[Array, " n"], capacity: int) -> Lanczos:
     return Lanczos(jnp.zeros_like(start), start, zeros, zeros, jnp.int32(0), jnp.bool_(True))
 
 
-def _lanczos_step(product: Callable, run: Lanczos) -> tuple[Lanczos, Array]:
+def _lanczos_step(product: Callable[[Array], Array], run: Lanczos) -> tuple[Lanczos, Array]:
     """One step of the three-term recurrence; also the basis vector that it used."""
     k = run.steps
     q = run.current
@@ -55,12 +64,14 @@ def _lanczos_step(product: Callable, run: Lanczos) -> tuple[Lanczos, Array]:
     return Lanczos(q, following, diagonal, offdiagonal, k + 1, alive), q
 
 
-def extend_lanczos(product: Callable, run: Lanczos, until: Any) -> Lanczos:
+def extend_lanczos(product: Callable[[Array], Array], run: Lanczos, until: Any) -> Lanczos:
     """Go on until `until` steps, or until the Krylov space is exhausted. `until` is dynamic."""
     return jax.lax.while_loop(lambda r: (r.steps < until) & r.alive, lambda r: _lanczos_step(product, r)[0], run)
 
 
-def ritz_vector(product: Callable, start: Float[Array, " n"], weights: Float[Array, " capacity"], steps: Any) -> Array:
+def ritz_vector(
+    product: Callable[[Array], Array], start: Float[Array, " n"], weights: Float[Array, " capacity"], steps: Any
+) -> Array:
     """The combination Σⱼ weights[j] qⱼ of the basis, by running the recurrence a second time.
 
     Nothing but the last two vectors and the sum is ever held. Shape `(n,)`, normalized.
@@ -106,7 +117,7 @@ def orthonormal_rows(vectors: Float[Array, "m n"], tolerance: float) -> Float[Ar
     return basis[:rank]
 
 
-def dense(product: Callable, n: int, dtype: Any, batch: int = 64) -> Float[Array, "n n"]:
+def dense(product: Callable[[Array], Array], n: int, dtype: Any, batch: int = 64) -> Float[Array, "n n"]:
     """The matrix of a linear map, column by column, `batch` products at a time."""
     columns = jax.lax.map(lambda i: product(jax.nn.one_hot(i, n, dtype=dtype)), jnp.arange(n), batch_size=batch)
     return columns.T
