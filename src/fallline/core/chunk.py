@@ -168,9 +168,9 @@ def advance(
     solver: Solver,
     numbers: Numbers,
     plan: Plan,
-    until: Array,
-    first_row: Array,
-    seconds: Array,
+    until: Any,
+    first_row: Any,
+    seconds: Any,
 ) -> Carry:
     """Step until `until` or the end.
 
@@ -225,7 +225,8 @@ def finish(problem: Problem, state: Any) -> tuple[Point, Any, Calls]:
 @functools.partial(jax.jit, static_argnames=("static", "plan", "capacity"))
 def compiled_start(leaves: list[Any], x: Any, *, static: Static, plan: Plan, capacity: int) -> tuple[Carry, Array]:
     """`start`, with problem, solver and numbers as array leaves and a static rest."""
-    return start(*static.join(leaves), x, plan, capacity)
+    problem, solver, numbers = static.join(leaves)
+    return start(problem, solver, numbers, x, plan, capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "plan"), donate_argnames="carry")
@@ -233,7 +234,8 @@ def compiled_advance(
     carry: Carry, leaves: list[Any], until: Any, first_row: Any, seconds: Any, *, static: Static, plan: Plan
 ) -> Carry:
     """`advance`; the carry is donated whole."""
-    return advance(carry, *static.join(leaves), plan, until, first_row, seconds)
+    problem, solver, numbers = static.join(leaves)
+    return advance(carry, problem, solver, numbers, plan, until, first_row, seconds)
 
 
 @functools.partial(jax.jit, static_argnames=("static",))

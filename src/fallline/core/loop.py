@@ -187,7 +187,9 @@ class _Run:
     @functools.cached_property
     def shapes(self) -> Any:
         """The solver's state as shapes and dtypes."""
-        return eqx.filter_eval_shape(lambda parts, x: start(*parts, x, self.plan, 1)[0].state, self.parts, self.x)
+        return eqx.filter_eval_shape(
+            lambda parts, x: start(parts[0], parts[1], parts[2], x, self.plan, 1)[0].state, self.parts, self.x
+        )
 
     def traced(self) -> Solution:
         """The whole run as one `while_loop`, for `jit` and `vmap`."""
@@ -195,8 +197,10 @@ class _Run:
             raise InputError("stop", "time_limit", "a rule without a clock inside jit or vmap")
         every = int(self.numbers.every)
         rows = self.steps // every
-        carry, first = start(*self.parts, self.x, self.plan, rows)
-        carry = advance(carry, *self.parts, self.plan, np.int32(self.steps), np.int32(1), np.zeros((), self.dtype))
+        problem, solver, numbers = self.parts
+        carry, first = start(problem, solver, numbers, self.x, self.plan, rows)
+        no_time = np.zeros((), self.dtype)
+        carry = advance(carry, problem, solver, numbers, self.plan, np.int32(self.steps), np.int32(1), no_time)
         ending, test = decode(carry.watch.code)
         ending = jnp.where(ending == Ending.RUNNING, Ending.STEP_LIMIT, ending)
         state = eqx.tree_at(lambda s: s.x, carry.state, carry.last_finite)
@@ -216,7 +220,9 @@ class _Run:
         history["step"] = jnp.arange(rows + 1) * every
         status = Status(ending, carry.step, test, self.names, self.solver.name)
         calls = carry.state.calls + carry.extra + more
-        return Solution(self.rebuild(state.x), *point, status, carry.step, history, calls, state=state, aux=aux)
+        return Solution(
+            self.rebuild(state.x), point.value, point.norm, status, carry.step, history, calls, state=state, aux=aux
+        )
 
     def hosted(self, clock: float, callback: Callable[[Progress], Any] | None, progress: bool | str) -> Solution:
         """The run in compiled chunks, with the host between them."""
@@ -279,7 +285,8 @@ class _Run:
         elapsed = time.perf_counter() - clock
         return Solution(
             self.rebuild(state.x),
-            *point,
+            point.value,
+            point.norm,
             status,
             np.int32(step),
             history,
@@ -292,8 +299,9 @@ class _Run:
 
     def _progress(self, carry: Carry, step: int, clock: float) -> Progress:
         """What bar and callback may see of the run so far."""
-        source = carry.state if state_measures(carry.state) else carry.watch
-        value, norm = float(source.value), float(getattr(source, "gradient_norm", None) or source.norm)
+        state, watch = carry.state, carry.watch
+        measured = (state.value, state.gradient_norm) if state_measures(state) else (watch.value, watch.norm)
+        value, norm = (float(m) for m in measured)  # type: ignore[arg-type]
         return Progress(
             step=step,
             steps=self.steps,

@@ -34,7 +34,15 @@ class Problem(eqx.Module):
     """
 
     oracles: ClassVar[frozenset[str]] = frozenset({"value", "gradient", "hvp"})
-    random: ClassVar[bool] = False
+
+    @property
+    def random(self) -> bool:
+        """Whether methods should draw minibatches instead of asking for the full gradient."""
+        return False
+
+    def minibatch(self, x: PyTree, key: Array) -> tuple[Float[Array, ""], PyTree]:
+        """Value and gradient on a random sample, unbiased for the full objective's."""
+        raise NotImplementedError(f"{type(self).__name__} has no oracle 'minibatch'")
 
     def value(self, x: PyTree) -> Float[Array, ""]:
         """The objective at `x`: a real scalar."""
@@ -214,13 +222,13 @@ class FiniteSum(Problem):
             raise InputError("data", shapes, "arrays that share one leading axis of at least one example")
         if batch_size is not None:
             check_count("batch_size", batch_size, 1)
-            if batch_size > (n := lengths.pop()):
+            if batch_size > (n := len(leaves[0])):
                 raise InputError("batch_size", batch_size, f"at most the number of examples, {n}")
         self.loss, self.data, self.batch_size = loss, data, batch_size
         self.declared_bound, self.tangents = _declared(lower_bound), symmetry
 
     @property
-    def random(self) -> bool:  # type: ignore[override]
+    def random(self) -> bool:
         return self.batch_size is not None
 
     @property
@@ -246,7 +254,7 @@ class FiniteSum(Problem):
 
     def sample(self, key: Array) -> PyTree:
         """A minibatch of `batch_size` rows, uniform with replacement."""
-        rows = jax.random.randint(key, (self.batch_size,), 0, self.size)
+        rows = jax.random.randint(key, (self.batch_size or self.size,), 0, self.size)
         return jax.tree.map(lambda a: jnp.take(a, rows, axis=0), self.data)
 
     def minibatch(self, x: PyTree, key: Array) -> tuple[Float[Array, ""], PyTree]:
@@ -277,8 +285,8 @@ class _Minibatch(Problem):
 class TracedFiniteSum(FiniteSum):
     """A `FiniteSum` bound to the shapes of a point: its loss is traced once for each number of rows."""
 
-    programs: dict[int, Program] = eqx.field(static=True)
-    consts: dict[int, list[Any]]
+    programs: dict[int, Program] = eqx.field(static=True, default_factory=dict)
+    consts: dict[int, list[Any]] = eqx.field(default_factory=dict)
 
     def __init__(self, problem: FiniteSum, programs: dict[int, Program], consts: dict[int, list[Any]]):
         super().__init__(_no_loss, problem.data, problem.batch_size)

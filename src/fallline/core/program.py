@@ -18,6 +18,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.extend.core as jex
 import numpy as np
 
@@ -43,8 +44,8 @@ class _Opaque(Exception):
     """A jaxpr holds something whose meaning cannot be read off its structure."""
 
 
-_BY_VALUE = (bool, int, str, bytes, type(None), np.dtype, enum.Enum, type, jax.sharding.Mesh)
-_BY_VALUE += (jax.sharding.Sharding, jax.tree_util.PyTreeDef)
+_PLAIN = (bool, int, str, bytes, type(None), np.dtype, enum.Enum, type)
+_BY_VALUE = (*_PLAIN, jax.sharding.Mesh, jax.sharding.Sharding, jax.tree_util.PyTreeDef)
 
 
 def _array_key(a: Any) -> Hashable:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,9 @@ class _CompileClock:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 compile_clock = _CompileClock()
@@ -50,7 +50,9 @@ class Bar:
     """A progress bar on stderr that appears after one second, in a terminal only (or when asked)."""
 
     def __init__(self, label: str, steps: int, show: bool | str):
-        self._label, self._steps, self._bar, self._task = label, steps, None, None
+        self._label, self._steps = label, steps
+        self._bar: Any = None
+        self._task: Any = None
         self._wanted = sys.stderr.isatty() if show == "auto" else bool(show)
         self._start = time.perf_counter()
 
@@ -77,7 +79,7 @@ class Bar:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Generator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag that the loop reads; the second one interrupts at once."""
     pressed = False
 

@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     room: str
     module: str
     factory: str
-    needs: tuple[str, ...]
+    needs: list[str]
     update: str
     assumptions: str
     guarantee: str
@@ -40,7 +40,7 @@ def catalog() -> dict[str, Entry]:
     """All rows by id, in the order of the file."""
     text = resources.files("fallline").joinpath("catalog.toml").read_text(encoding="utf-8")
     rows = tomllib.loads(text)
-    return {name: Entry(name, **{**row, "needs": tuple(row["needs"])}) for name, row in rows.items()}
+    return {name: Entry(id=name, **row) for name, row in rows.items()}
 
 
 def entry(name: str) -> Entry:

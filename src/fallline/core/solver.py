@@ -60,8 +60,8 @@ class Solver(eqx.Module):
         return type(self).__name__
 
 
-def with_array_numbers(solver: Solver, dtype: Any) -> Solver:
-    """The solver with its numbers as strong arrays: floats in `dtype`, at least float32."""
+def with_array_numbers(module: Any, dtype: Any) -> Any:
+    """A solver (or rule) with its numbers as strong arrays: floats in `dtype`, at least float32."""
 
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, bool | int):
@@ -71,4 +71,4 @@ def with_array_numbers(solver: Solver, dtype: Any) -> Solver:
             return leaf.astype(wide) if hasattr(leaf, "astype") else np.asarray(leaf, wide)
         return leaf
 
-    return jax.tree.map(cast, solver)
+    return jax.tree.map(cast, module)

@@ -23,11 +23,11 @@ __all__ = [
 
 
 class Seen(NamedTuple):
-    """What a rule may look at: scalars of the current point, and the account."""
+    """What a rule may look at: scalars of the current point (None where unknown), and the account."""
 
-    value: Array | None
-    gradient_norm: Array | None
-    lower_bound: Array | None
+    value: Any
+    gradient_norm: Any
+    lower_bound: Any
     calls: Calls
     seconds: Array
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
@@ -86,7 +87,7 @@ def check_no_nan(name: str, tree: PyTree) -> None:
             continue
         # NaN propagates through min, which needs no temporary of the array's size.
         array = np.asarray(leaf)
-        parts = (array.real, array.imag) if np.iscomplexobj(array) else (array,)
+        parts = (np.real(array), np.imag(array)) if np.iscomplexobj(array) else (array,)
         if any(part.size and np.isnan(np.min(part)) for part in parts):
             count = int(np.isnan(array).sum())
             raise InputError(_path(name, path), f"{describe(array)} with {count} NaN", "no NaN (mask missing entries)")

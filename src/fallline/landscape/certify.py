@@ -123,7 +123,7 @@ def certify(
     kinks = [] if getattr(declared, "smooth", False) else problem.kinks(point)
 
     def conclude(verdict: Verdict, reason: str, **evidence: Any) -> Certificate:
-        fields = {
+        fields: dict[str, Any] = {
             "x": x,
             "value": value,
             "gradient_norm": gradient_norm,
@@ -267,7 +267,7 @@ def escape(certificate: Certificate) -> PyTree:
 
     **Raises:** `InputError` where the verdict is no strict saddle.
     """
-    if certificate.verdict is not Verdict.STRICT_SADDLE:
+    if certificate.verdict is not Verdict.STRICT_SADDLE or certificate.step is None:
         stationary = certificate.verdict is not Verdict.NOT_STATIONARY
         hint = "there is no certified way out" if stationary else "minimize goes on from there"
         raise InputError("certificate", f"'{certificate.verdict}'", f"'{Verdict.STRICT_SADDLE}'; {hint}")
