@@ -86,6 +86,8 @@ def test_all_public_names_exist_and_are_documented():
 
 
 def test_the_command_says_what_it_can():
-    done = python("-c", "import sys; sys.argv = ['fallline', '--help']; from fallline.cli import main; sys.exit(main())")
+    done = python(
+        "-c", "import sys; sys.argv = ['fallline', '--help']; from fallline.cli import main; sys.exit(main())"
+    )
     assert done.returncode == 0, done.stderr
     assert "certify" in done.stdout

@@ -314,4 +314,9 @@ class _Run:
 
 def _to_host(tree: Any) -> Any:
     """A copy in host memory that survives the donation of the original."""
-    return jax.tree.map(np.array, tree)
+
+    def copy(leaf: Any) -> Any:
+        # A key of `jax.random` (an optimizer's own) has no NumPy form.
+        return leaf.copy() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf)
+
+    return jax.tree.map(copy, tree)

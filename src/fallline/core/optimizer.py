@@ -65,12 +65,16 @@ class Optimizer(Solver):
 
     def step(self, problem: Problem, state: OptimizerState, *, key: Array | None) -> OptimizerState:
         update = self.transformation()
-        if problem.random:
+        if key is not None and problem.random:
             value, gradient = problem.minibatch(state.x, key)
-            again = lambda x: problem.minibatch(x, key)[0]  # noqa: E731  the same rows
-            x, inner, used = _apply(update, again, state.x, value, gradient, state.inner)
+
+            def same_rows(x: PyTree) -> Array:
+                return problem.minibatch(x, key)[0]
+
+            x, inner, used = _apply(update, same_rows, state.x, value, gradient, state.inner)
             asked = MINIBATCH + Calls(minibatch=used.gradient + used.value)
             return OptimizerState(x, state.calls + asked, None, None, None, value, inner)
+        assert state.value is not None
         x, inner, used = _apply(update, problem.value, state.x, state.value, state.gradient, state.inner)
         value, gradient, asked = _value_and_gradient(update, problem, x, inner, state)
         return OptimizerState(x, state.calls + used + asked, gradient, value, trees.norm(gradient), None, inner)
@@ -82,7 +86,13 @@ def _apply(
     """One `update`, with the extra arguments that it accepts, and the calls that it made itself."""
     view = _view(update, inner, x)
     point, slope = view.forward(x), view.forward(gradient)
-    extra = {"value": value, "grad": slope, "value_fn": lambda point: objective(view.backward(point))}
+
+    def value_fn(point: PyTree) -> Array:
+        # A search steps in its own width: its points are rounded to the run's before they are judged,
+        # and it can only transpose a value of the default float.
+        return objective(trees.cast_like(view.backward(point), x)).astype(float)
+
+    extra = {"value": value, "grad": slope, "value_fn": value_fn}
     accepted = _extra_arguments(update)
     updates, inner = update.update(slope, inner, point, **{k: v for k, v in extra.items() if k in accepted})
     used = sum((_search_calls(search) for search in _searches(inner)), start=Calls())
@@ -129,7 +139,7 @@ def _last_search(update: optax.GradientTransformation, inner: Any) -> Any:
     return None if inner[-1].grad is None else inner[-1]
 
 
-_CHAIN = optax.chain(optax.identity()).update.__qualname__
+_CHAIN = getattr(optax.chain(optax.identity()).update, "__qualname__", "")
 
 
 def _extra_arguments(update: optax.GradientTransformation) -> frozenset[str]:
@@ -196,8 +206,9 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
     if missing:
         raise InputError(f"options of {label}", ", ".join(options) or "none", f"also {', '.join(missing)}")
     rate = options.get("learning_rate")
-    optional = "learning_rate" in parameters and parameters["learning_rate"].default is None
-    if "learning_rate" in options and not callable(rate) and not (rate is None and optional) and np.ndim(rate) == 0:
+    if rate is None and "learning_rate" in options and parameters["learning_rate"].default is not None:
+        raise InputError("learning_rate", None, "a number or a schedule")
+    if rate is not None and not callable(rate) and np.ndim(rate) == 0:
         check_positive("learning_rate", rate)
     static = _branched_on(factory, options)
     for name in static:
@@ -215,7 +226,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 class _Fixed:
     """A factory that gives back one ready-made transformation."""
 
-    def __init__(self, transformation: optax.GradientTransformation):
+    def __init__(self, transformation: Any):
         self.transformation = transformation
 
     def __call__(self) -> optax.GradientTransformation:

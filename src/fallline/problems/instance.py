@@ -42,6 +42,6 @@ class Instance:
     draw: Callable[[PyTree], Images] = _nothing
 
 
-def real(array: Any) -> Float[np.ndarray, "..."]:
+def real(array: Any) -> Float[np.ndarray, ...]:
     """The array in JAX's default precision: float64 where 64-bit mode is on, else float32."""
     return np.asarray(array, jax.dtypes.canonicalize_dtype(float))

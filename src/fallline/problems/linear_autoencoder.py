@@ -85,7 +85,7 @@ def linear_autoencoder(rank: int = 10, scale: float = 0.1) -> Instance:
         return {"encode": scale * encode, "decode": scale * jax.random.normal(second, (rank, SIDE**2), encode.dtype)}
 
     def measure(x: Weights) -> dict[str, float]:
-        error = float(reconstruction_error(x, triangle))
+        error = float(reconstruction_error(x, jnp.asarray(triangle)))
         if optimum == 0:
             return {"distance to the optimum": error}
         return {"relative distance to the optimum": error / optimum - 1}

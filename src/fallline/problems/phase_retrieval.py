@@ -22,7 +22,9 @@ from .instance import Instance, real
 __all__ = ["phase_retrieval"]
 
 
-def _intensity_loss(x: Float[Array, " n"], rows: Float[Array, "m n"], intensities: Float[Array, " m"]) -> Float[Array, ""]:
+def _intensity_loss(
+    x: Float[Array, " n"], rows: Float[Array, "m n"], intensities: Float[Array, " m"]
+) -> Float[Array, ""]:
     return jnp.mean(((rows @ x) ** 2 - intensities) ** 2) / 4
 
 

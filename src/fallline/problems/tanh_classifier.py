@@ -77,7 +77,7 @@ def tanh_classifier(hidden: int = 8, weight_decay: float = 1e-3) -> Instance:
         }
 
     def measure(x: Weights) -> dict[str, float]:
-        right = np.argmax(np.asarray(_logits(x, pixels)), axis=1) == labels
+        right = np.argmax(np.asarray(_logits(x, jnp.asarray(pixels))), axis=1) == labels
         return {"training accuracy": float(right[:TRAIN].mean()), "test accuracy": float(right[TRAIN:].mean())}
 
     def draw(direction: Weights) -> Images:

@@ -1,0 +1,26 @@
+"""What every test file shares: the precision of the run."""
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """64-bit mode for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def x32():
+    """64-bit mode off, whatever the environment says."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Both precisions in turn, with JAX's mode to match; the value is NumPy's dtype."""
+    with jax.enable_x64(request.param == "float64"):
+        yield np.dtype(request.param)
