@@ -90,7 +90,7 @@ class Certificate:
     def __str__(self) -> str:
         lines = [f"{self.verdict}: {self.reason}", f"  value            {self.value:.10g}"]
         if self.lower_bound is not None:
-            near = "" if self.value_tolerance is None else f"  (met within {self.value_tolerance:.1e}?)"
+            near = "" if self.value_tolerance is None else f"  (counts as met within {self.value_tolerance:.1e})"
             lines.append(f"  lower bound      {self.lower_bound:.10g}{near}")
         zero = f"  (zero at {self.tolerance * self.gradient_scale:.1e})"
         lines.append(f"  gradient norm    {self.gradient_norm:.3e}{zero}")

@@ -87,4 +87,5 @@ def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
-    raise InputError(argument, repr(value), f"one of {', '.join(known)}{hint}")
+    shown = known if len(known) <= 16 else [*known[:16], "…"]
+    raise InputError(argument, repr(value), f"one of {', '.join(shown)}{hint}")

@@ -157,8 +157,8 @@ def certify(
                 return conclude(Verdict.INCONCLUSIVE, kinked, calls=calls, **facts)
         return conclude(Verdict.NOT_STATIONARY, reason, calls=calls, **facts)
     if bound is not None:
-        # A stationary point at this tolerance may lie this far above the value at its minimum.
-        facts["value_tolerance"] = 0.5 * scale * (tolerance * radius) ** 2 + 100 * rounding * abs(bound)
+        # Relative to the bound; for a bound of zero, what a gradient that counts as zero may leave.
+        facts["value_tolerance"] = max(tolerance * abs(bound), 0.5 * scale * (tolerance * radius) ** 2)
         if value < bound - facts["value_tolerance"]:
             raise InputError("lower_bound", bound, f"a number that the objective never goes below; here it is {value}")
     if kinks:
