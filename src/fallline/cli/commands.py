@@ -58,18 +58,18 @@ def list_(*, json: Flag = False) -> int:
     found = {
         "problems": {name: instance(name).description for name in PROBLEMS},
         "methods": {row.id: f"{row.title} ({row.kind}, {row.room})" for row in rows},
-        "optax": sorted(name.replace("_", "-") for name in optax_factories()),
     }
+    optax = sorted(name.replace("_", "-") for name in optax_factories())
     if json:
-        return _print_json(found)
-    for heading in ("problems", "methods"):
+        return _print_json({**found, "optax": optax})
+    for heading, items in found.items():
         print(heading)
-        width = max(map(len, found[heading]))
-        for name, what in found[heading].items():
+        width = max(map(len, items))
+        for name, what in items.items():
             print(_wrap(what, f"  {name:{width}}  ", " " * (width + 4)))
         print()
     print("optimizers of Optax, by their own names")
-    print(_wrap(", ".join(found["optax"]), "  ", "  "))
+    print(_wrap(", ".join(optax), "  ", "  "))
     return 0
 
 
