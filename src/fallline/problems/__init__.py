@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.errors import InputError, check_choice
+from .digits import as_image, leading_pattern
 from .instance import Images, Instance
 from .linear_autoencoder import linear_autoencoder, principal_components, widen_autoencoder
 from .phase_retrieval import phase_retrieval
@@ -18,7 +19,9 @@ __all__ = [
     "PROBLEMS",
     "Images",
     "Instance",
+    "as_image",
     "instance",
+    "leading_pattern",
     "linear_autoencoder",
     "options",
     "phase_retrieval",
