@@ -61,7 +61,7 @@ def methods():
 ## {row.title}
 
 `{row.id}`, a {row.kind} in the room `{row.room}`:
-{{py:func}}`fallline.{row.factory}`
+{{py:func}}`fallline.{row.snake}`
 
 Update
 : {row.update}

@@ -23,7 +23,7 @@ from ..core.stopping import gradient_norm
 from ..landscape.certify import certify as certify_point
 from ..problems import PROBLEMS, instance, options
 from ..report import folder as reports
-from .target import Target, choose_solver, find_problem, optax_factories, parse_settings
+from .target import Target, choose_solver, find_problem, is_built_in, optax_factories, parse_settings, usable_options
 
 __all__ = ["app"]
 
@@ -38,7 +38,6 @@ app = App(
 
 _EXIT = {Ending.CONVERGED: 0, Ending.DIVERGED: 3, Ending.INTERRUPTED: 130}
 _NOT_CONVERGED = 5
-_TITLE = ("id", "title")
 
 Settings = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False, negative=())]
 Options = Annotated[tuple[str, ...], Parameter(name="--option", consume_multiple=False, negative=())]
@@ -74,7 +73,7 @@ def list_(*, json: Flag = False) -> int:
 
 
 @app.command
-def show(name: str, *, json: Flag = False) -> int:
+def show(name: str, /, *, json: Flag = False) -> int:
     """A method's update, source, assumptions and guarantee; or a problem, its options and its answer.
 
     Parameters
@@ -92,7 +91,7 @@ def show(name: str, *, json: Flag = False) -> int:
     else:
         check_choice("NAME", kebab, [*PROBLEMS, *catalog()])
         row = entry(kebab)
-        found = {"method": f"{row.id}: {row.title}", **{k: v for k, v in row._asdict().items() if k not in _TITLE}}
+        found = {"method": f"{row.id}: {row.title}", **row.about()}
         found["options"] = {name: _default(p) for name, p in inspect.signature(row.load()).parameters.items()}
     if json:
         return _print_json(found)
@@ -108,6 +107,7 @@ def show(name: str, *, json: Flag = False) -> int:
 @app.command
 def solve(
     problem: str,
+    /,
     *,
     with_: Annotated[str, Parameter(name="--with")],
     set_: Settings = (),
@@ -151,6 +151,7 @@ def solve(
     quiet
         Print nothing but errors.
     """
+    _check_seed(seed)
     _use_precision(precision)
     target = find_problem(problem, parse_settings("--option", option))
     chosen = parse_settings("--set", set_)
@@ -163,9 +164,11 @@ def solve(
         reports.check_folder(out)
     random_ = solver.random or bool(getattr(target.problem, "random", False))
     progress = False if quiet else "auto"
-    solution = minimize(target.problem, start, solver, steps=steps, stop=stop, key=seed, progress=progress)
+    with usable_options(with_, set_):
+        solution = minimize(target.problem, start, solver, steps=steps, stop=stop, key=seed, progress=progress)
+    given = {"with": with_, "set": set_, "option": option, "steps": steps, "tolerance": tolerance, "init": init}
     about = {
-        "command": _command("solve"),
+        "command": _command("solve", problem, **given, seed=seed, precision=precision),
         "problem": target.about(),
         "solver": {"name": with_, "options": chosen},
         "steps": steps,
@@ -192,6 +195,7 @@ def solve(
 @app.command
 def certify(
     problem: str,
+    /,
     *,
     at: Path | None = None,
     option: Options = (),
@@ -234,8 +238,11 @@ def certify(
     quiet
         Print nothing but errors.
     """
-    folder, chosen = Path(problem), parse_settings("--option", option)
-    if folder.is_dir():
+    _check_seed(seed)
+    named, folder, chosen = problem, Path(problem), parse_settings("--option", option)
+    # A folder may have the name of a built-in problem: `--at` says which one is meant.
+    of_run = folder.is_dir() and (at is None or not is_built_in(problem))
+    if of_run:
         if at is not None or chosen or out is not None:
             given = "--at" if at is not None else "--out" if out is not None else "--option"
             raise InputError(given, "given", f"nothing: point, options and report are those of {folder}")
@@ -244,11 +251,12 @@ def certify(
         at, out = folder / "point.npz", folder
         precision = precision or str(run["precision"])  # type: ignore[assignment]
     elif at is None:
-        raise InputError("--at", None, "a file with the point, or the folder of a run in the place of PROBLEM")
+        raise InputError("--at", "nothing", f"a file with the point: {problem} is no folder of a run")
     elif out is not None:
         reports.check_folder(out)
-    _use_precision(precision or "64")
-    target = find_problem(problem, {} if ".py:" in problem else chosen)
+    precision = precision or "64"
+    _use_precision(precision)
+    target = find_problem(problem, chosen)
     certificate = certify_point(
         target.problem,
         target.point(at, "--at"),
@@ -259,10 +267,18 @@ def certify(
         max_hvp=max_hvp,
     )
     measured = target.measure(certificate.x)
+    given = {
+        "at": None if of_run else at,
+        "option": option,
+        "tolerance": tolerance,
+        "curvature-tolerance": curvature_tolerance,
+        "failure-probability": failure_probability,
+        "max-hvp": max_hvp,
+    }
     about = {
-        "command": _command("certify"),
+        "command": _command("certify", named, **given, seed=seed, precision=precision),
         "problem": target.about(),
-        "precision": int(precision or 64),
+        "precision": int(precision),
         "seed": seed,
         "measure": measured,
         **reports.environment(),
@@ -286,17 +302,27 @@ def _pictures(target: Target, certificate: Certificate) -> dict[str, Any]:
 
 
 def _default(parameter: inspect.Parameter) -> Any:
-    return "(needed)" if parameter.default is parameter.empty else parameter.default
+    if parameter.default is parameter.empty:
+        return "(needed)"
+    return getattr(parameter.default, "__name__", parameter.default)
 
 
 def _use_precision(bits: str) -> None:
     jax.config.update("jax_enable_x64", bits == "64")
 
 
-def _command(name: str) -> str:
-    """The command line of this process, as one would type it again."""
-    words = sys.argv[1:]
-    return shlex.join(["fallline", *words]) if name in words else f"fallline {name} …"
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError("--seed", seed, "a whole number from 0 to 2³² − 1")
+
+
+def _command(name: str, problem: str, **given: Any) -> str:
+    """The command line that does it again, defaults spelled out; it prints, and writes no report."""
+    words = ["fallline", name, problem]
+    for flag, value in given.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [] if item is None else [f"--{flag}", str(item)]
+    return shlex.join(words)
 
 
 def _print_json(content: Any) -> int:

@@ -20,6 +20,7 @@ __all__ = [
     "RunError",
     "check_choice",
     "check_count",
+    "check_fraction",
     "check_nonnegative",
     "check_positive",
     "is_traced",
@@ -34,7 +35,8 @@ class InputError(FalllineError, ValueError):
     """An argument cannot be used. The message names it, its value and what was expected."""
 
     def __init__(self, argument: str, got: object, expected: str):
-        super().__init__(f"{argument}: got {got}; expected {expected}")
+        # An array's repr has lines of its own.
+        super().__init__(" ".join(f"{argument}: got {got}; expected {expected}".split()))
         self.argument = argument
 
 
@@ -73,10 +75,17 @@ def check_nonnegative(argument: str, value: Any) -> None:
         raise InputError(argument, value, "a finite number of at least 0")
 
 
+def check_fraction(argument: str, value: Any) -> None:
+    """Refuse anything but a number of at least zero and below one."""
+    number = _number(argument, value)
+    if number is not None and not 0 <= number < 1:
+        raise InputError(argument, value, "a number of at least 0 and below 1")
+
+
 def check_count(argument: str, value: Any, minimum: int) -> None:
     """Refuse anything but a whole number of at least ``minimum``."""
     number = _number(argument, value)
-    if number is not None and (number != math.floor(number) or number < minimum):
+    if number is not None and (not number.is_integer() or number < minimum):
         raise InputError(argument, value, f"a whole number of at least {minimum}")
 
 

@@ -1,0 +1,1 @@
+"""Claims: each method's headline statement as an experiment, one module a method, mirrored by room."""
