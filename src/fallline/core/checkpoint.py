@@ -13,6 +13,7 @@ import json
 import os
 import re
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from jaxtyping import PyTree
 
 from .errors import FalllineError, InputError, check_nonnegative
 
-__all__ = ["Checkpoint", "CheckpointError", "digest", "read_arrays", "restore", "write_arrays"]
+__all__ = ["Checkpoint", "CheckpointError", "Keeper", "digest", "read_arrays", "restore", "write_arrays"]
 
 _FORMAT = b"fallline checkpoint 1\n"
 _SUFFIX = ".checkpoint"
@@ -94,6 +95,26 @@ class Checkpoint:
         return arrays
 
 
+class Keeper:
+    """The checkpoints of one run: `about` is its fingerprint, and says whose a checkpoint is."""
+
+    def __init__(self, checkpoint: Checkpoint, about: Mapping[str, Any]):
+        self._checkpoint, self._about, self._saved = checkpoint, about, time.perf_counter()
+
+    def load(self) -> dict[str, Any] | None:
+        """See `Checkpoint.load`."""
+        return self._checkpoint.load(self._about)
+
+    def is_due(self) -> bool:
+        """Whether it is time for another."""
+        return time.perf_counter() - self._saved >= self._checkpoint.seconds
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Write one."""
+        self._checkpoint.save(step, tree, self._about)
+        self._saved = time.perf_counter()
+
+
 def _named(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -106,12 +127,10 @@ def write_arrays(path: Path, tree: PyTree, about: Mapping[str, Any]) -> None:
     """Write the leaves of a pytree by their paths, with a header of plain values, atomically."""
     entries, blocks = [], []
     for name, leaf in _named(tree).items():
-        array = np.ascontiguousarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        entries.append(
-            {"path": name, "dtype": str(array.dtype), "shape": list(np.shape(leaf if _is_key(leaf) else array))}
-        )
+        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        entries.append({"path": name, "dtype": str(array.dtype), "shape": list(array.shape)})
         if _is_key(leaf):
-            entries[-1].update(key=str(jax.random.key_impl(leaf)), shape=list(array.shape))
+            entries[-1]["key"] = str(jax.random.key_impl(leaf))
         blocks.append(array.tobytes())
     header = json.dumps({"about": dict(about), "arrays": entries}).encode()
     part, check = path.with_name(path.name + ".part"), hashlib.sha256()

@@ -6,6 +6,7 @@ chunk is in a few scalars and one small array of records.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -19,11 +20,29 @@ from . import trees
 from .calls import Calls, strong
 from .problem import Problem
 from .program import Static
-from .solver import Solver
+from .solver import GRADIENT, Solver
 from .status import OWN_TEST, Ending
 from .stopping import Seen, StoppingRule
 
-__all__ = ["Carry", "Numbers", "Plan", "advance", "compiled_advance", "compiled_finish", "compiled_start", "start"]
+__all__ = [
+    "MEASURED",
+    "Carry",
+    "Numbers",
+    "Plan",
+    "Point",
+    "advance",
+    "compiled_advance",
+    "compiled_finish",
+    "compiled_start",
+    "decode",
+    "encode",
+    "finish",
+    "has_aux",
+    "settle",
+    "start",
+    "state_measures",
+    "take_step",
+]
 
 MEASURED = ("value", "gradient_norm")
 _STALL = 100  # looks without a bit of change before a run counts as stalled
@@ -51,7 +70,7 @@ class Carry(eqx.Module):
     watch: Watch
     extra: Calls  # oracle calls for the loop's own measurements
     rows: Array  # (capacity + 1, quantities): the records of this chunk, and a spare row
-    last_finite: Any  # the last finite point, where it cannot be recomputed (inside jit); else None
+    last_finite: Any  # the last point known to be finite, where it cannot be recomputed (inside jit); else None
 
 
 class Plan(eqx.Module):
@@ -87,6 +106,11 @@ def decode(code: Any) -> tuple[Any, Any]:
     """The ending and the index of the rule; any code of a run that goes on gives `RUNNING`."""
     code = np.maximum(code, 0) if isinstance(code, int) else jnp.maximum(code, 0)
     return code % _TESTS, code // _TESTS + OWN_TEST
+
+
+def has_aux(problem: Problem) -> bool:
+    """Whether the user's function returns more than its value."""
+    return getattr(problem, "has_aux", False)
 
 
 def state_measures(state: Any) -> bool:
@@ -162,6 +186,46 @@ def start(
     return Carry(state, jnp.int32(0), watch, extra, rows, last), _row(plan, state, point, dtype)
 
 
+def take_step(
+    carry: Carry, problem: Problem, solver: Solver, numbers: Numbers, plan: Plan, step: Array, seconds: Any
+) -> tuple[Carry, Array, Array | None]:
+    """The step number `step`: the carry after it (its rows untouched), its record, and whether to keep that.
+
+    The last is None where every step is recorded.
+    """
+    dtype, extra, watch = trees.real_dtype(carry.state.x), carry.extra, carry.watch
+    key = jax.random.fold_in(numbers.key, step) if plan.random else None
+    state = trees.cast_like(solver.step(problem, carry.state, key=key), carry.state)
+    due = None if plan.each else jax.lax.rem(step, numbers.every) == 0
+    measured = state_measures(state)
+    if measured:
+        before, (point, _) = measure(problem, carry.state, dtype)[0], measure(problem, state, dtype)
+        watch = _look(problem, numbers, watch, state, extra, point, before, seconds)
+    else:
+        # The point's value costs an oracle call: it is asked, and judged, for the records alone.
+        before = Point(watch.value, watch.norm)  # type: ignore[arg-type]
+
+        def look() -> tuple[Watch, Calls]:
+            point, calls = measure(problem, state, dtype)
+            paid = strong(extra + calls)
+            return _look(problem, numbers, watch, state, paid, point, before, seconds), paid
+
+        watch, extra = look() if due is None else jax.lax.cond(due, look, lambda: (watch, extra))
+        point = Point(watch.value, watch.norm)  # type: ignore[arg-type]
+    kept, last = due, carry.last_finite
+    if getattr(state, "batch_value", None) is not None:
+        # It judges the point that the step began from: where that was lost, the step does not count.
+        sound = jnp.isfinite(state.batch_value)
+        code = jnp.where(sound, watch.code, encode(Ending.DIVERGED)).astype(jnp.int32)
+        watch = eqx.tree_at(lambda w: w.code, watch, code)
+        step, kept = jnp.where(sound, step, carry.step), sound if due is None else sound & due
+        last = choose(sound, carry.state.x, last) if plan.keep_last else None
+    if plan.keep_last:
+        finite = watch.code != encode(Ending.DIVERGED)
+        last = choose(finite if measured or due is None else finite & due, state.x, last)
+    return Carry(state, step, watch, extra, carry.rows, last), _row(plan, state, point, dtype), kept
+
+
 def advance(
     carry: Carry,
     problem: Problem,
@@ -176,50 +240,65 @@ def advance(
 
     The record of step `t`, where `every` divides it, goes to row `t / every − first_row`.
     """
-    dtype, capacity = carry.rows.dtype, carry.rows.shape[0] - 1
+    capacity = carry.rows.shape[0] - 1
 
     def running(carry: Carry) -> Array:
         return (carry.step < until) & (carry.watch.code <= Ending.RUNNING)
 
     def body(carry: Carry) -> Carry:
-        step, extra, watch = carry.step + 1, carry.extra, carry.watch
-        key = jax.random.fold_in(numbers.key, step) if plan.random else None
-        state = trees.cast_like(solver.step(problem, carry.state, key=key), carry.state)
-        due = jnp.bool_(True) if plan.each else jax.lax.rem(step, numbers.every) == 0
-        if state_measures(state):
-            before, (point, _) = measure(problem, carry.state, dtype)[0], measure(problem, state, dtype)
-            watch = _look(problem, numbers, watch, state, extra, point, before, seconds)
-        else:
-            # The point's value costs an oracle call: it is asked, and judged, for the records alone.
-            before = Point(watch.value, watch.norm)  # type: ignore[arg-type]
-
-            def look() -> tuple[Watch, Calls]:
-                point, calls = measure(problem, state, dtype)
-                paid = strong(extra + calls)
-                return _look(problem, numbers, watch, state, paid, point, before, seconds), paid
-
-            watch, extra = jax.lax.cond(due, look, lambda: (watch, extra))
-            point = Point(watch.value, watch.norm)  # type: ignore[arg-type]
-        if getattr(state, "batch_value", None) is not None:
-            code = jnp.where(jnp.isfinite(state.batch_value), watch.code, encode(Ending.DIVERGED))
-            watch = eqx.tree_at(lambda w: w.code, watch, code.astype(jnp.int32))
-        row = step - first_row
-        if not plan.each:
-            row = jnp.where(due, jax.lax.div(step, numbers.every) - first_row, capacity)
-        rows = jax.lax.dynamic_update_slice(carry.rows, _row(plan, state, point, dtype)[None], (row, jnp.int32(0)))
-        last = carry.last_finite
-        if plan.keep_last:
-            ok = watch.code != encode(Ending.DIVERGED)
-            last = jax.tree.map(lambda a, b: jnp.where(ok, a, b), state.x, last)
-        return Carry(state, step, watch, extra, rows, last)
+        step = carry.step + 1
+        carry, record, kept = take_step(carry, problem, solver, numbers, plan, step, seconds)
+        row = (step if plan.each else jax.lax.div(step, numbers.every)) - first_row
+        row = row if kept is None else jnp.where(kept, row, capacity)
+        rows = jax.lax.dynamic_update_slice(carry.rows, record[None], (row, jnp.int32(0)))
+        return dataclasses.replace(carry, rows=rows)
 
     return jax.lax.while_loop(running, body, carry)
+
+
+def choose(which: Array, a: PyTree, b: PyTree) -> PyTree:
+    """One of two trees, by a scalar."""
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), a, b)
 
 
 def finish(problem: Problem, state: Any) -> tuple[Point, Any, Calls]:
     """Value and gradient norm of the final point, and the user's aux there."""
     point, calls = measure(problem, state, trees.real_dtype(state.x))
+    if has_aux(problem):
+        calls = calls + Calls(value=1)
     return point, problem.aux(state.x), strong(calls)
+
+
+class End(NamedTuple):
+    """How a run without a host ended: its last finite point, and what is known of it."""
+
+    state: Any
+    point: Point
+    aux: Any
+    calls: Calls
+    ending: Array
+    test: Array
+
+
+def settle(problem: Problem, carry: Carry) -> End:
+    """The end of a run that kept its last finite point in the carry."""
+    reached, aux, more = finish(problem, carry.state)
+    ending, test = decode(carry.watch.code)
+    ending = jnp.where(ending == Ending.RUNNING, Ending.STEP_LIMIT, ending)
+    lost = (ending == Ending.DIVERGED) | ~(jnp.isfinite(reached.value) & jnp.isfinite(reached.norm))
+    x = choose(lost, carry.last_finite, carry.state.x)
+
+    def before() -> tuple[Point, Any, Calls]:
+        # The state's scalars belong to the point that was given up.
+        value, gradient = problem.value_and_gradient(x)
+        dtype = trees.real_dtype(x)
+        point = Point(value.astype(dtype), trees.norm(gradient).astype(dtype))
+        return point, problem.aux(x), strong(more + GRADIENT)
+
+    point, aux, more = jax.lax.cond(lost, before, lambda: (reached, aux, more))
+    calls = carry.state.calls + carry.extra + more
+    state = eqx.tree_at(lambda s: s.x, carry.state, x)
+    return End(state, point, aux, calls, jnp.where(lost, Ending.DIVERGED, ending), test)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "plan", "capacity"))

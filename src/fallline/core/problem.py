@@ -7,8 +7,10 @@ is for whoever has oracles in closed form.
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
-import inspect
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -96,7 +98,12 @@ class Problem(eqx.Module):
 
 
 def _declared(lower_bound: Any) -> Any:
-    return None if lower_bound is None else np.asarray(lower_bound, np.result_type(np.float32, type(lower_bound)))
+    if lower_bound is None:
+        return None
+    bound = np.asarray(lower_bound, jax.dtypes.canonicalize_dtype(float))
+    if bound.shape or not np.isfinite(bound):
+        raise InputError("lower_bound", lower_bound, "a finite number")
+    return bound
 
 
 class Objective(Problem):
@@ -182,6 +189,10 @@ class TracedObjective(Problem):
     def lower_bound(self) -> Any:
         return self.declared_bound
 
+    @property
+    def label(self) -> str:
+        return "Objective"
+
 
 class FiniteSum(Problem):
     """The mean of per-example losses: (1/n) Σᵢ loss(x, data)ᵢ.
@@ -218,12 +229,13 @@ class FiniteSum(Problem):
             raise InputError("data", "a pytree without leaves", "arrays with a leading axis of examples")
         lengths = {np.shape(a)[0] if np.ndim(a) else None for a in leaves}
         if len(lengths) != 1 or None in lengths or 0 in lengths:
-            shapes = ", ".join(trees.describe(a) for a in leaves)
+            shapes = ", ".join(dict.fromkeys(trees.describe(a) for a in leaves))
             raise InputError("data", shapes, "arrays that share one leading axis of at least one example")
         if batch_size is not None:
             check_count("batch_size", batch_size, 1)
             if batch_size > (n := len(leaves[0])):
                 raise InputError("batch_size", batch_size, f"at most the number of examples, {n}")
+            batch_size = int(batch_size)
         self.loss, self.data, self.batch_size = loss, data, batch_size
         self.declared_bound, self.tangents = _declared(lower_bound), symmetry
 
@@ -297,6 +309,10 @@ class TracedFiniteSum(FiniteSum):
         rows = jnp.shape(jax.tree.leaves(batch)[0])[0]
         return self.programs[rows](self.consts[rows], x, batch)
 
+    @property
+    def label(self) -> str:
+        return "FiniteSum"
+
 
 class _Frozen(dict):
     """A hashable dictionary for static fields."""
@@ -326,12 +342,13 @@ def bind(
     if isinstance(problem, Problem):
         if args:
             raise InputError("args", f"{len(args)} arguments", f"none: {problem.label} holds its own data")
-        if has_aux and not isinstance(problem, Objective):
-            raise InputError("has_aux", True, f"False: {problem.label} is no plain callable")
+        if has_aux and not (isinstance(problem, Objective) and problem.has_aux):
+            raise InputError("has_aux", True, f"False: {problem.label} says it itself, as Objective(fn, has_aux=True)")
     else:
         problem = Objective(problem, args, has_aux=has_aux)
-    trees.check_width("args" if isinstance(problem, Objective) else "problem", _data(problem))
-    trees.check_no_nan("args" if isinstance(problem, Objective) else "problem", _data(problem))
+    name, data = ("args", problem.args) if isinstance(problem, Objective) else ("problem", problem)
+    trees.check_width(name, data)
+    trees.check_no_nan(name, data)
 
     if isinstance(problem, Objective):
         return _bind_objective(problem, x, rebuild)
@@ -342,13 +359,8 @@ def bind(
     return problem
 
 
-def _data(problem: Problem) -> Any:
-    return eqx.filter(problem, eqx.is_array_like)
-
-
 def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable[..., Any]) -> Problem:
-    captured = _captured(problem.fn)
-    trees.check_width("problem", captured)
+    _check_captured("problem", problem.fn)
     dynamic, static = eqx.partition(problem.args, eqx.is_array_like)
     leaves, tree = jax.tree.flatten(dynamic)
 
@@ -356,7 +368,7 @@ def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable[..., Any]) 
         args = eqx.combine(jax.tree.unflatten(tree, leaves), static)
         return problem.fn(rebuild(x), *args)
 
-    program, consts = _guard(problem.label, lambda: trace(flat, x, leaves, owner=problem.fn))
+    program, consts = _guard(problem.label, lambda: trace(flat, x, leaves, owner=problem.fn, static=(static, rebuild)))
     trees.check_no_nan("problem", consts)
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.outvars]
     out = jax.tree.unflatten(program.out_tree, shapes)
@@ -369,6 +381,7 @@ def _bind_objective(problem: Objective, x: PyTree, rebuild: Callable[..., Any]) 
 
 
 def _bind_finite_sum(problem: FiniteSum, x: PyTree, rebuild: Callable[..., Any], needs: frozenset[str]) -> Problem:
+    _check_captured("loss", problem.loss)
     rows = {problem.size}
     if problem.batch_size is not None:
         rows.add(problem.batch_size)
@@ -383,7 +396,7 @@ def _bind_finite_sum(problem: FiniteSum, x: PyTree, rebuild: Callable[..., Any],
         batch = jax.tree.map(
             lambda a, n=n: jax.ShapeDtypeStruct((n, *np.shape(a)[1:]), jnp.result_type(a)), problem.data
         )
-        run = functools.partial(trace, flat, x, batch, owner=problem.loss)
+        run = functools.partial(trace, flat, x, batch, owner=problem.loss, static=rebuild)
         programs[n], consts[n] = _guard(problem.label, run)
         trees.check_no_nan("loss", consts[n])
         out = [v.aval for v in programs[n].jaxpr.outvars]
@@ -393,14 +406,45 @@ def _bind_finite_sum(problem: FiniteSum, x: PyTree, rebuild: Callable[..., Any],
     return TracedFiniteSum(problem, programs, consts)
 
 
-def _captured(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Arrays that a function closes over or reads as globals: JAX would narrow them silently."""
-    try:
-        scope = inspect.getclosurevars(fn)
-    except (TypeError, ValueError):
-        return {}
-    found = {**scope.globals, **scope.nonlocals}
-    return {name: v for name, v in found.items() if isinstance(v, np.ndarray | np.generic)}
+def _check_captured(name: str, fn: Callable[..., Any]) -> None:
+    """Check the width of what a function is bound to, closes over or reads as globals.
+
+    Functions among it are followed within one module: what a library keeps for itself is its own affair.
+    """
+    module: str | None = None
+    seen: set[int] = set()
+    queue: list[Any] = [fn]
+    while queue:
+        item = queue.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, functools.partial):
+            inside = {**{f"args[{i}]": value for i, value in enumerate(item.args)}, **item.keywords}
+            queue.append(item.func)
+        elif isinstance(item, types.FunctionType):
+            module = module or item.__module__
+            inside = _scope(item) if item.__module__ == module else {}
+        else:  # a bound method, or what `jax.jit` and its like made of a function
+            queue.append(getattr(item, "__func__", getattr(item, "__wrapped__", None)))
+            continue
+        trees.check_width(name, inside)
+        queue += inside.values()
+
+
+def _scope(fn: types.FunctionType) -> dict[str, Any]:
+    """The closure of a function and the globals that its code reads."""
+    found: dict[str, Any] = {}
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            found[name] = cell.cell_contents
+    codes = [fn.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        found.update({name: fn.__globals__[name] for name in names & fn.__globals__.keys()})
+    return found
 
 
 def _guard(label: str, run: Callable[[], Any]) -> Any:
@@ -431,9 +475,8 @@ def _check_scalar(label: str, out: Any) -> None:
 def check_needs(solver: Any, problem: Problem) -> None:
     """Refuse a problem that lacks an oracle of the solver, before anything is compiled."""
     for name in sorted(solver.needs - problem.oracles):
-        label = "Objective" if isinstance(problem, TracedObjective) else type(problem).__name__.removeprefix("Traced")
         raise InputError(
             "problem",
-            f"{label} without the oracle '{name}'",
+            f"{problem.label} without the oracle '{name}'",
             f"one that offers what {type(solver).__name__} needs: {', '.join(sorted(solver.needs))}",
         )

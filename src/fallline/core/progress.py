@@ -56,8 +56,8 @@ class Bar:
         self._wanted = sys.stderr.isatty() if show == "auto" else bool(show)
         self._start = time.perf_counter()
 
-    def update(self, step: int, value: float, gradient_norm: float) -> None:
-        """Show the step and the point's scalars."""
+    def update(self, step: int, words: str) -> None:
+        """Show the step, and what there is to say of it."""
         if not self._wanted or (self._bar is None and time.perf_counter() - self._start < 1.0):
             return
         if self._bar is None:
@@ -65,12 +65,12 @@ class Bar:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
 
-            count, rest, point = MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[point]}")
-            columns = (TextColumn("{task.description}"), BarColumn(), count, rest, point)
+            count, rest, said = MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[words]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), count, rest, said)
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(self._label, total=self._steps, point="")
-        self._bar.update(self._task, completed=step, point=f"value {value:.6g}  ‖∇f‖ {gradient_norm:.2g}")
+            self._task = self._bar.add_task(self._label, total=self._steps, words="")
+        self._bar.update(self._task, completed=step, words=words)
 
     def close(self) -> None:
         """Take the bar off the screen."""

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 __all__ = ["kinks"]
 
 _KINKED = frozenset(
-    {"abs", "max", "min", "reduce_max", "reduce_min", "cummax", "cummin", "reduce_window_max"}
+    {"abs", "max", "min", "reduce_max", "reduce_min", "cummax", "cummin", "reduce_window_max", "reduce_window_min"}
     | {"select_and_scatter_add", "select_and_gather_add", "sort", "top_k", "argmax", "argmin"}
-    | {"sign", "floor", "ceil", "round", "rem", "clamp", "nextafter", "reduce_precision"}
+    | {"sign", "floor", "ceil", "round", "rem", "clamp", "nextafter", "reduce_precision", "bitcast_convert_type"}
+    | {"svd", "eigh", "eig"}  # where singular values vanish, or eigenvalues meet
+    | {"pure_callback", "io_callback", "ffi_call"}  # nobody knows
 )
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 # Smooth functions whose implementation guards against overflow with a maximum of its own.
-_SMOOTH_CALLS = frozenset({"logaddexp", "_logaddexp", "logaddexp2", "_softmax", "softmax"})
+_SMOOTH_CALLS = frozenset({"logaddexp", "logaddexp2", "_softmax"})
 
 
 def kinks(jaxpr: Any, active: list[bool]) -> list[str]:
@@ -65,13 +67,16 @@ def _walk(jaxpr: Any, active: list[bool], found: set[str]) -> list[bool]:
     def is_live(v: Any) -> bool:
         return not isinstance(v, jex.Literal) and v in live
 
+    needed, felt = _uses(jaxpr)
     for eqn in jaxpr.eqns:
         ins = [is_live(v) for v in eqn.invars]
-        if not any(ins) or all(isinstance(v, jex.DropVar) for v in eqn.outvars):
+        if not any(ins) or needed.isdisjoint(eqn.outvars):
             continue
         name = eqn.primitive.name
         if name in ("stop_gradient", "is_finite"):
             continue
+        if name == "reduce_max" and felt.isdisjoint(eqn.outvars):
+            continue  # the shift of a log-sum-exp or a softmax, which cancels
         if name in _COMPARISONS and eqn.invars[0] is eqn.invars[1]:
             continue  # x != x asks for NaN
         outs = [True] * len(eqn.outvars)
@@ -100,6 +105,19 @@ def _walk(jaxpr: Any, active: list[bool], found: set[str]) -> list[bool]:
             found.add("cast to integer")
         live.update(v for v, a in zip(eqn.outvars, outs, strict=True) if a)
     return [is_live(v) for v in jaxpr.outvars]
+
+
+def _uses(jaxpr: Any) -> tuple[set[Any], set[Any]]:
+    """The variables that the outputs need, and those that they need by a way without `stop_gradient`."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    felt = set(needed)
+    for eqn in reversed(jaxpr.eqns):
+        operands = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        if not needed.isdisjoint(eqn.outvars):
+            needed.update(operands)
+        if eqn.primitive.name != "stop_gradient" and not felt.isdisjoint(eqn.outvars):
+            felt.update(operands)
+    return needed, felt
 
 
 def _call_name(eqn: Any) -> str:

@@ -26,7 +26,8 @@ class Solution(eqx.Module):
     - `status`: how the run ended; `steps`: how many were taken.
     - `history`: one array for each recorded quantity, and `"step"`; row 0 is the starting point.
       Under `jit` the arrays have a fixed length and NaN beyond the last record.
-    - `calls`: the account of oracle calls, measurements included.
+    - `calls`: the account of oracle calls, measurements included; the steps that are taken again to
+      find the last finite point are not in it.
     - `seconds`, `compile_seconds`: wall time of the whole run, and of tracing and compiling in it
       (both None under `jit`).
     - `state`: the solver's last state; `aux`: what the user's function returned beside the value.

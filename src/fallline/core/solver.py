@@ -26,7 +26,8 @@ class State(eqx.Module):
 
     `x` is the point; `calls` the oracle calls so far. A state may also have, each a real scalar,
     `value` and `gradient_norm` *of that `x`* (they are then recorded for nothing), `batch_value`
-    (of a minibatch: watched for divergence), and `done`: the method's own verdict that it is.
+    (of a minibatch at the point that the step began from: watched for divergence), and `done`: the
+    method's own verdict that it is.
     """
 
     x: PyTree

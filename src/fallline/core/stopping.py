@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
 from .calls import COST, Calls
-from .errors import InputError, check_count, check_nonnegative, check_positive
+from .errors import InputError, check_count, check_nonnegative, check_positive, is_traced
 
 __all__ = [
     "StoppingRule",
@@ -48,19 +50,29 @@ class StoppingRule(eqx.Module):
         raise NotImplementedError
 
     def leaves(self) -> tuple[StoppingRule, ...]:
-        """The single tests that this rule is made of."""
+        """The tests of which any one ends the run, in the order of the user's."""
         return (self,)
 
     def describe(self) -> str:
         """The rule as a user would write it."""
-        numbers = ", ".join(f"{float(v):g}" for v in vars(self).values() if v is not None and np.ndim(v) == 0)
+        numbers = ", ".join(_shown(leaf) for leaf in jax.tree.leaves(self) if np.ndim(leaf) == 0)
         return f"{type(self).__name__.lower()}({numbers})"
 
     def __or__(self, other: StoppingRule) -> StoppingRule:
-        return _Either((self, other))
+        return _Either((self, _checked(other)))
 
     def __and__(self, other: StoppingRule) -> StoppingRule:
-        return _Both((self, other))
+        return _Both((self, _checked(other)))
+
+
+def _checked(other: Any) -> StoppingRule:
+    if not isinstance(other, StoppingRule):
+        raise InputError("stop", repr(other), "a stopping rule on both sides of | and &")
+    return other
+
+
+def _shown(number: Any) -> str:
+    return "…" if is_traced(number) else f"{float(number):g}"
 
 
 class _GradientNorm(StoppingRule):
@@ -71,7 +83,7 @@ class _GradientNorm(StoppingRule):
         return seen.gradient_norm <= self.tolerance, memory
 
     def describe(self) -> str:
-        return f"gradient_norm({float(self.tolerance):g})"
+        return f"gradient_norm({_shown(self.tolerance)})"
 
 
 def gradient_norm(tolerance: float) -> StoppingRule:
@@ -97,7 +109,7 @@ class _Decrease(StoppingRule):
         return age >= self.window, {"best": best, "age": age}
 
     def describe(self) -> str:
-        return f"decrease({float(self.tolerance):g}, window={int(self.window)})"
+        return f"decrease({_shown(self.tolerance)}, window={_shown(self.window)})"
 
 
 def decrease(tolerance: float, window: int = 100) -> StoppingRule:
@@ -118,7 +130,7 @@ class _Residual(StoppingRule):
         return seen.value - seen.lower_bound <= self.tolerance, memory
 
     def describe(self) -> str:
-        return f"residual({float(self.tolerance):g})"
+        return f"residual({_shown(self.tolerance)})"
 
 
 def residual(tolerance: float) -> StoppingRule:
@@ -137,7 +149,7 @@ class _CallBudget(StoppingRule):
         return spent >= self.cost, memory
 
     def describe(self) -> str:
-        return f"call_budget({float(self.cost):g})"
+        return f"call_budget({_shown(self.cost)})"
 
 
 def call_budget(cost: float, **weights: float) -> StoppingRule:
@@ -150,10 +162,12 @@ def call_budget(cost: float, **weights: float) -> StoppingRule:
     for name in weights:
         if name not in COST:
             raise InputError("weights", repr(name), f"one of {', '.join(COST)}")
+        check_nonnegative(name, weights[name])
     return _CallBudget(cost, {**COST, **weights})
 
 
-class TimeLimit(StoppingRule):
+class _TimeLimit(StoppingRule):
+    needs: ClassVar[frozenset[str]] = frozenset({"seconds"})
     converges: ClassVar[bool] = False
     seconds: Any
 
@@ -161,13 +175,13 @@ class TimeLimit(StoppingRule):
         return seen.seconds >= self.seconds, memory
 
     def describe(self) -> str:
-        return f"time_limit({float(self.seconds):g})"
+        return f"time_limit({_shown(self.seconds)})"
 
 
 def time_limit(seconds: float) -> StoppingRule:
     """Stop after this much run time, looked at about twice a second; not usable inside `jit`."""
     check_positive("seconds", seconds)
-    return TimeLimit(seconds)
+    return _TimeLimit(seconds)
 
 
 class _Combination(StoppingRule):
@@ -205,6 +219,10 @@ class _Both(_Combination):
     def __call__(self, seen: Seen, memory: Any) -> tuple[Array, Any]:
         met, memory = self._ask(seen, memory)
         return met[0] & met[1], memory
+
+    def leaves(self) -> tuple[StoppingRule, ...]:
+        # (a | b) & c as (a & c) | (b & c): which of them was met says whether it was a success.
+        return tuple(_Both(pair) for pair in itertools.product(*(rule.leaves() for rule in self.rules)))
 
     def describe(self) -> str:
         return "(" + " & ".join(rule.describe() for rule in self.rules) + ")"

@@ -100,7 +100,8 @@ def split(x0: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     model, whose other leaves (activations, integer buffers, NNX states that are no parameters)
     are carried through unchanged.
 
-    **Returns:** `(x, rebuild)`: `x` holds arrays only, and `rebuild(x)` has the form of `x0`.
+    **Returns:** `(x, rebuild)`: `x` holds arrays only, and `rebuild(x)` has the form of `x0`. As a
+    pytree, `rebuild` holds what it carries through.
 
     **Raises:** `InputError` where nothing is left to optimise, where a plain container holds a
     leaf that cannot be optimised, or where a float64 array would be narrowed silently.
@@ -109,7 +110,7 @@ def split(x0: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
         from flax import nnx  # the user's own installation
 
         graph, x, rest = nnx.split(x0, nnx.Param, ...)
-        return x, lambda x: nnx.merge(graph, x, rest)
+        return x, jax.tree_util.Partial(nnx.merge, graph, rest)
 
     leaves = jax.tree_util.tree_leaves_with_path(x0)
     if not leaves:
@@ -119,20 +120,24 @@ def split(x0: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
         x, static = eqx.partition(x0, eqx.is_inexact_array)
         if not jax.tree.leaves(x):
             raise InputError("x0", f"{type(x0).__name__} without floating arrays", "a model with parameters")
-        rebuild = lambda x: eqx.combine(x, static)  # noqa: E731
+        rebuild = jax.tree_util.Partial(eqx.combine, static)
     else:
         for path, leaf in leaves:
             # Python floats are welcome as leaves; integers are almost always a slip.
             if not is_floating(leaf):
                 raise InputError(_path("x0", path), describe(leaf), "a floating or complex array")
         x = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else _as_array(a), x0)
-        rebuild = lambda x: x  # noqa: E731
+        rebuild = _same
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if leaf.size == 0:
             raise InputError(_path("x0", path), describe(leaf), "an array with at least one entry")
     if not is_traced(x):
         check_no_nan("x0", x)
     return x, rebuild
+
+
+def _same(x: PyTree) -> PyTree:
+    return x
 
 
 def _as_array(leaf: Any) -> Any:
@@ -148,9 +153,15 @@ def real_dtype(tree: PyTree) -> jnp.dtype:
 
 def norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over all leaves, accumulated in at least float32."""
+    squares = (jnp.sum(jnp.square(part)) for part in _real_parts(tree))
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), real_dtype(tree))))
+
+
+def _real_parts(tree: PyTree) -> list[Array]:
+    """Real parts, then imaginary parts, leaf by leaf, in the common real dtype."""
     dtype = real_dtype(tree)
-    sizes = [jnp.abs(a) if jnp.iscomplexobj(a) else a.astype(dtype) for a in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum((jnp.sum(jnp.square(a)) for a in sizes), start=jnp.zeros((), dtype))).astype(dtype)
+    pieces = [(a.real, a.imag) if jnp.iscomplexobj(a) else (a,) for a in jax.tree.leaves(tree)]
+    return [part.astype(dtype) for piece in pieces for part in piece]
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -182,11 +193,7 @@ def flatten(tree: PyTree) -> Float[Array, " n"]:
     With this view Re⟨u, v⟩ is the ordinary dot product, and the Hessian of a real function of
     complex variables is an ordinary symmetric matrix.
     """
-    dtype = real_dtype(tree)
-    parts: list[Array] = []
-    for a in jax.tree.leaves(tree):
-        pieces = (a.real, a.imag) if jnp.iscomplexobj(a) else (a,)
-        parts.extend(jnp.ravel(p).astype(dtype) for p in pieces)
+    parts = [jnp.ravel(part) for part in _real_parts(tree)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
@@ -198,7 +205,7 @@ def unflatten(vector: Float[Array, " n"], like: PyTree) -> PyTree:
         piece = vector[at : at + a.size].reshape(a.shape)
         at += a.size
         if jnp.iscomplexobj(a):
-            piece = piece + 1j * vector[at : at + a.size].reshape(a.shape)
+            piece = jax.lax.complex(piece, vector[at : at + a.size].reshape(a.shape))
             at += a.size
         out.append(piece.astype(a.dtype))
     return jax.tree.unflatten(treedef, out)
