@@ -42,10 +42,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..core import trees
-from ..core.errors import check_count, check_positive
+from ..core.errors import InputError, check_count, check_positive
 from ..core.problem import Problem
 from ..core.solver import GRADIENT, Solver, State
 from ..core.stopping import StoppingRule
+from ..parts.control import in_place
 from ..parts.sampling import uniform_ball
 
 __all__ = ["perturbed_gradient_descent", "theory_parameters"]
@@ -95,13 +96,9 @@ class PerturbedGradientDescent(Solver):
     def step(self, problem: Problem, state: PerturbedState, *, key: Array | None) -> PerturbedState:
         perturb = (state.gradient_norm <= self.gradient_threshold) & (state.since_noise > self.patience)
         futile = (state.since_noise == self.patience) & (state.value - state.value_before > -self.decrease_threshold)
-        branches = (
-            lambda: self._descend(problem, state),
-            lambda: self._descend(problem, self._perturb(problem, state, key)),
-            lambda: _return(state),
-        )
-        settled = [lambda branch=branch: trees.cast_like(branch(), state) for branch in branches]
-        return jax.lax.switch(jnp.where(perturb, 1, jnp.where(futile, 2, 0)), settled)
+        state = in_place(perturb, lambda state: self._perturb(problem, state, key), state)
+        state = in_place(~futile, lambda state: self._descend(problem, state), state)
+        return in_place(futile, _return, state)
 
     def _descend(self, problem: Problem, state: PerturbedState) -> PerturbedState:
         x = jax.tree.map(lambda a, g: (a - self.step_size * g).astype(a.dtype), state.x, state.gradient)
@@ -187,6 +184,8 @@ def theory_parameters(
     norm asked for, at most ℓ²/ρ; `dimension` d; `gap` Δ_f ≥ f(x0) − min f; `failure_probability` δ;
     `c` ≤ c_max, the paper's absolute constant, whose value it does not give.
 
+    **Raises:** `InputError` for numbers that are not positive, and for those beyond these limits.
+
     **Source:** Jin et al. (2017), Algorithm 2, initialization (χ, η, r, g_thres, f_thres, t_thres).
     """
     numbers = {
@@ -200,6 +199,10 @@ def theory_parameters(
     for name, number in numbers.items():
         check_positive(name, number)
     check_count("dimension", dimension, 1)
+    if epsilon > (most := smoothness**2 / hessian_lipschitz):
+        raise InputError("epsilon", epsilon, f"at most smoothness² / hessian_lipschitz = {most:g}")
+    if failure_probability >= 1:
+        raise InputError("failure_probability", failure_probability, "a number below 1")
     log = math.log(dimension * smoothness * gap / (c * epsilon**2 * failure_probability))
     chi = 3 * max(log, 4.0)
     return {
