@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,25 +26,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .commands import app
 
+    code = 0
     try:
-        return app(
+        code = app(
             [argument for argument in arguments if argument != "--debug"],
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
         ) or 0  # fmt: skip
     except (InputError, CycloptsError) as error:
-        code, message = BAD_INPUT, " ".join(str(error).split())
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
-    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
-        sys.stderr.close()
-        return 0
+        # Said for Python, where there is no flag.
+        message = str(error).replace("jax.config.update('jax_enable_x64', True)", "--precision 64")
+        code = _fail(BAD_INPUT, message, error, debug)
+    except KeyboardInterrupt as error:
+        code = _fail(INTERRUPTED, "interrupted", error, debug)
+    except BrokenPipeError:
+        pass
     except Exception as error:
-        code, message = INTERNAL_ERROR, f"internal error, {type(error).__name__}: {' '.join(str(error).split())}"
-        if not debug:
-            message += " (--debug shows where)"
+        hint = "" if debug else " (--debug shows where)"
+        code = _fail(INTERNAL_ERROR, f"internal error, {type(error).__name__}: {error}{hint}", error, debug)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _fail(code: int, message: str, error: BaseException, debug: bool) -> int:
+    """Say in one line what happened, and with `debug` where; return the code."""
     if debug:
-        traceback.print_exc()
-    print(f"fallline: {message}", file=sys.stderr)
+        traceback.print_exception(error)
+    print(f"fallline: {' '.join(message.split())}", file=sys.stderr)
     return code

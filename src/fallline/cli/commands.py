@@ -155,14 +155,13 @@ def solve(
     _use_precision(precision)
     target = find_problem(problem, parse_settings("--option", option))
     chosen = parse_settings("--set", set_)
-    solver = choose_solver(with_, chosen)
+    solver = choose_solver(with_, chosen, seed)
     start = target.start(seed) if init is None else target.point(init, "--init")
     if start is None:
         raise InputError("--init", "nothing", f"a file with the starting point, or `x0` in {problem.split(':')[0]}")
     stop = "auto" if tolerance is None else gradient_norm(tolerance)
     if out is not None:
         reports.check_folder(out)
-    random_ = solver.random or bool(getattr(target.problem, "random", False))
     progress = False if quiet else "auto"
     with usable_options(with_, set_):
         solution = minimize(target.problem, start, solver, steps=steps, stop=stop, key=seed, progress=progress)
@@ -173,7 +172,7 @@ def solve(
         "solver": {"name": with_, "options": chosen},
         "steps": steps,
         "tolerance": tolerance,
-        "seed": seed if random_ or init is None else None,
+        "seed": seed,
         "precision": int(precision),
         "init": None if init is None else str(init),
         "measure": target.measure(solution.x),

@@ -8,7 +8,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,22 @@ from ..core.solver import Solver
 from ..problems import PROBLEMS, Instance, instance, options
 from ..report.points import load_point
 
-__all__ = ["Target", "choose_solver", "find_problem", "parse_settings"]
+__all__ = [
+    "Target",
+    "choose_solver",
+    "find_problem",
+    "is_built_in",
+    "optax_factories",
+    "parse_settings",
+    "usable_options",
+]
+
+_OPTAX = str(Path(optax.__file__).parent)
+# What `--with` takes, of the catalog's kinds.
+_SOLVERS = ("transformation", "solver", "round", "driver")
+# The first three ask for what a command line cannot give: gradients of single examples, another
+# optimizer, a function. The last one is deprecated.
+_UNUSABLE = {"dpsgd", "schedule_free", "sophia", "optimistic_adam"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +59,15 @@ class Target:
 
     def start(self, seed: int) -> PyTree | None:
         """The starting point that the problem itself has, if it has one."""
-        return self.begin(jax.random.key(seed)) if callable(self.begin) else self.begin
+        # A model may be callable too, but is made of leaves.
+        if not (callable(self.begin) and jax.tree_util.all_leaves([self.begin])):
+            return self.begin
+        try:
+            return self.begin(jax.random.key(seed))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError("x0", f"a function that fails with {_words(error)}", "key -> point") from error
 
     def point(self, file: Path, argument: str) -> PyTree:
         """A point from a file, in the form of the problem's own start."""
@@ -77,9 +101,14 @@ def parse_settings(flag: str, settings: Sequence[str]) -> dict[str, Any]:
         spelled = {"true": "True", "false": "False", "none": "None"}.get(text.strip().lower(), text.strip())
         try:
             found[name] = ast.literal_eval(spelled)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             found[name] = text.strip()
     return found
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a name, kebab or snake, is that of a built-in problem."""
+    return name.replace("_", "-") in PROBLEMS
 
 
 def find_problem(name: str, chosen: Mapping[str, Any]) -> Target:
@@ -91,7 +120,7 @@ def find_problem(name: str, chosen: Mapping[str, Any]) -> Target:
         if chosen:
             raise InputError("--option", ", ".join(chosen), "none: they belong to built-in problems")
         return _from_file(name)
-    if name.replace("_", "-") not in PROBLEMS:
+    if not is_built_in(name):
         check_choice("PROBLEM", name, [*PROBLEMS, "file.py:function"])
     made = instance(name, **chosen)
     kebab = name.replace("_", "-")
@@ -130,41 +159,63 @@ def _import(path: Path) -> Any:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        if isinstance(error, SyntaxError):
-            line, reason = error.lineno, error.msg
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError) and error.filename:  # of the file, or of one that it imports
+            place, what = f"{error.filename}, line {error.lineno}", f"{type(error).__name__}: {error.msg}"
         else:
-            frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-            line, reason = (frames or [None])[-1], " ".join(str(error).split())
-        what = f"{path}, line {line}: {type(error).__name__}: {reason}"
-        raise InputError("PROBLEM", what, "a file that can be imported") from error
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f", line {frame.lineno}" for frame in frames if frame.filename == spec.origin]
+            place, what = f"{path}{lines[-1] if lines else ''}", _words(error)
+        raise InputError("PROBLEM", f"{place}: {what}", "a file that can be imported") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
     return module
 
 
-def choose_solver(name: str, chosen: Mapping[str, Any]) -> Solver:
+def choose_solver(name: str, chosen: Mapping[str, Any], seed: int) -> Solver:
     """A method of the catalog, or an optimizer of Optax, with its options.
+
+    An optimizer that wants a key of its own gets `seed`, unless `chosen` has one.
 
     **Raises:** `InputError` where there is none of this name, or an option that cannot be used.
     """
-    kebab, snake = name.replace("_", "-"), name.replace("-", "_")
-    rows = catalog()
-    if kebab in rows:
-        factory = rows[kebab].load()
-        parameters = inspect.signature(factory).parameters
-        for option in chosen:
-            check_choice(f"option of {kebab}", option, parameters)
-        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in chosen]
-        if missing:
-            raise InputError("--set", ", ".join(chosen) or "nothing", f"also {', '.join(missing)}, for {kebab}")
+    kebab = name.replace("_", "-")
+    rows = {row.id: row for row in catalog().values() if row.kind in _SOLVERS}
+    ready = {snake.replace("_", "-"): factory for snake, factory in optax_factories().items()}
+    if kebab not in rows and kebab not in ready:
+        check_choice("--with", name, [*rows, *ready])
+    factory = rows[kebab].load() if kebab in rows else ready[kebab]
+    parameters = inspect.signature(factory).parameters
+    for option in chosen:
+        check_choice(f"option of {kebab}", option, parameters)
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in chosen]
+    if missing:
+        raise InputError("--set", ", ".join(chosen) or "nothing", f"also {', '.join(missing)}, for {kebab}")
+    if kebab in rows and rows[kebab].kind != "transformation":
         return factory(**chosen)
-    factory = optax_factories().get(snake)
-    if factory is None:
-        known = [*rows, *(n.replace("_", "-") for n in optax_factories())]
-        check_choice("--with", name, known)
-        raise AssertionError
-    return optimizer(factory, **chosen)
+    own_key = {"key": seed} if "key" in parameters else {}
+    return optimizer(factory, **{**own_key, **chosen})
+
+
+@contextmanager
+def usable_options(name: str, settings: Sequence[str]) -> Generator[None]:
+    """What fails inside Optax is an option of it: it looks at few of them before it runs.
+
+    **Raises:** `InputError` in the place of such a failure.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, InputError) or not any(frame.filename.startswith(_OPTAX) for frame in frames):
+            raise
+        expected = f"options that {name} can use; it fails with {_words(error)}"
+        raise InputError("--set", " ".join(settings), expected) from error
+
+
+def _words(error: BaseException) -> str:
+    reason = " ".join(str(error).split())
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def optax_factories() -> dict[str, Callable[..., Any]]:
@@ -173,7 +224,7 @@ def optax_factories() -> dict[str, Callable[..., Any]]:
     for module in (contrib, optax):
         for name in dir(module):
             factory = getattr(module, name)
-            if name.startswith(("_", "scale_by", "inject")) or not inspect.isfunction(factory):
+            if name.startswith(("_", "scale_by", "inject")) or name in _UNUSABLE or not inspect.isfunction(factory):
                 continue
             if {"learning_rate", "max_learning_rate"} & inspect.signature(factory).parameters.keys():
                 found[name] = factory

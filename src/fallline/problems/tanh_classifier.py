@@ -85,7 +85,7 @@ def tanh_classifier(hidden: int = 8, weight_decay: float = 1e-3) -> Instance:
 
     data = (pixels[:TRAIN], labels[:TRAIN].astype(np.int32))
     return Instance(
-        problem=Objective(loss, data, smooth=True),  # the maximum inside log_softmax cancels
+        problem=Objective(loss, data),
         start=start,
         description=f"Digits by one hidden layer of {hidden} tanh units, cross-entropy, weight decay {weight_decay:g}; "
         f"{TRAIN} digits train, {len(labels) - TRAIN} test.",

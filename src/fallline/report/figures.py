@@ -13,6 +13,8 @@ __all__ = ["INK", "history", "images", "new_figure", "to_svg"]
 INK = ("#1f5fa8", "#c2571a", "#2f7d4f", "#7a4fa3")
 """Colors of lines, in order."""
 
+_LARGEST = 1e100  # a run is long lost there, and the arithmetic of axes overflows further on
+
 
 def new_figure(width: float, height: float) -> Any:
     """An empty Matplotlib figure without pyplot and its global state; sizes in inches."""
@@ -34,12 +36,15 @@ def to_svg(figure: Any) -> str:
 
 def history(record: Mapping[str, Any], lower_bound: float | None) -> str:
     """Every recorded quantity over the steps; the value above its lower bound where one is declared."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = [name for name in record if name != "step"]
     figure = new_figure(7.2, 2.3 * len(columns) + 0.3)
     steps = np.asarray(record["step"])
     axes = figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name, color in zip(axes, columns, INK * len(columns), strict=False):
         series, label = np.asarray(record[name], np.float64), name.replace("_", " ")
+        series = np.where(np.abs(series) < _LARGEST, series, np.nan)
         if name == "value" and lower_bound is not None:
             series, label = series - lower_bound, "value − lower bound"
         finite = series[np.isfinite(series)]
@@ -53,6 +58,8 @@ def history(record: Mapping[str, Any], lower_bound: float | None) -> str:
         axis.grid(color="#e3e3e3", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    figure.align_ylabels(axes)
     return to_svg(figure)
 
 

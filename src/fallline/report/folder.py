@@ -17,7 +17,7 @@ import json
 import math
 import os
 import platform
-import textwrap
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -64,7 +64,8 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     device = jax.devices()[0]
-    return {"versions": versions, "device": f"{device.platform}: {device.device_kind}"}
+    kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
+    return {"versions": versions, "device": f"{device.platform}{kind}"}
 
 
 def summary(solution: Solution) -> dict[str, Any]:
@@ -114,9 +115,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     **Raises:** `InputError` where there is none that can be read.
     """
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if isinstance(run, dict) and isinstance(run.get("problem"), dict):
+            return run
+        reason = "its run.json is no run's"
     except (OSError, ValueError) as error:
-        raise InputError("PROBLEM", folder, f"a folder that `fallline solve --out` wrote ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+    raise InputError("PROBLEM", folder, f"a folder with the run.json that `fallline solve --out` wrote ({reason})")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -151,13 +156,13 @@ def _write_folder_page(folder: Path) -> None:
         sections += _figure(folder, "History", "history.svg", "Every record of the run, by step.")
     if certificate:
         lead = f"{lead} {certificate['verdict'].capitalize()}: {certificate['reason']}.".strip()
-        sections.append(Section("Certificate", code=textwrap.dedent(certificate["text"].partition("\n")[2])))
+        sections.append(_evidence_of(certificate))
         sections += _figure(folder, "The way out", "direction.svg", "The direction along which the value falls.")
         if not run:
             sections.append(Section("What the point is good for", table=_measured(certificate)))
     sections += [_setting_of(about), _files(folder)]
     commands = [found["command"] for found in (run, certificate) if found]
-    sections.append(Section("To repeat it", code="\n".join(commands)))
+    sections.append(Section("To repeat it", code="\n\n".join(commands)))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     title = f"{about['problem']['name']}" + (f" by {run['solver']['name']}" if run else "")
     sections = [s for s in sections if s.text or s.table or s.figures or s.code]
@@ -180,14 +185,23 @@ def _number(value: float | None, form: str = ".10g") -> str:
 
 
 def _ending_of(run: Mapping[str, Any]) -> Section:
-    calls = ", ".join(f"{count} {name}" for name, count in run["calls"].items() if count)
+    calls = ", ".join(f"{count} {name}" for name, count in run["calls"].items())
+    if set(run["calls"]) != {"gradient"}:
+        calls += f"; together {run['cost']:g} gradients"
     rows = [
         ("value", _number(run["value"])),
-        ("gradient norm", _number(run["gradient_norm"], ".3e")),
-        ("oracle calls", f"{calls}; together {run['cost']:g} gradients"),
+        ("gradient norm", _number(run["gradient_norm"], ".4g")),
+        ("oracle calls", calls),
         ("time", f"{run['seconds']:.2f} s, of which {run['compile_seconds']:.2f} s compiling"),
     ]
-    return Section("How it ended", text=run["status"]["advice"], table=rows + _measured(run))
+    advice = run["status"]["advice"]
+    return Section("How it ended", text=advice and f"{advice[0].upper()}{advice[1:]}.", table=rows + _measured(run))
+
+
+def _evidence_of(certificate: Mapping[str, Any]) -> Section:
+    # Two blanks or more part the name of a line from what it says.
+    rows = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in certificate["text"].splitlines()[1:])
+    return Section("Certificate", table=[(name, value) for name, value in rows])
 
 
 def _measured(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -201,7 +215,8 @@ def _setting_of(about: Mapping[str, Any]) -> Section:
     if "solver" in about:
         rows.append(("solver", about["solver"]["name"]))
         rows += [(f"solver: {name}", str(value)) for name, value in about["solver"]["options"].items()]
-    rows += [(name, str(about[name])) for name in ("steps", "seed", "precision") if about.get(name) is not None]
+    rows += [(name, str(about[name])) for name in ("init", "steps", "tolerance", "seed") if about.get(name) is not None]
+    rows.append(("precision", f"{about['precision']} bits"))
     return Section("What was run", table=[(name, value) for name, value in rows if value])
 
 
@@ -211,7 +226,7 @@ def _files(folder: Path) -> Section:
         "point.npz": "where it ended",
         "history.csv": "every record",
         "direction.npz": "the way out of the saddle, a unit vector",
-        "escape.npz": "the point reached by it: `fallline solve … --init` goes on from there",
+        "escape.npz": "the point reached by it; fallline solve … --init goes on from there",
         "run.json": "all of this for programs",
         "certificate.json": "the verdict and its evidence",
     }

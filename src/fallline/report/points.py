@@ -35,8 +35,10 @@ def save_point(path: Path, x: PyTree) -> None:
         array = np.asarray(leaf)
         arrays[name] = array if array.dtype.kind in "fc" else array.astype(np.float32)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez(file, **arrays)
+    with zipfile.ZipFile(part, "w") as file:  # np.savez has names of its own that no array may have
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
     os.replace(part, path)
 
 
@@ -48,11 +50,15 @@ def load_point(path: Path, like: PyTree | None = None, *, argument: str = "point
     **Raises:** `InputError` where the file cannot be read, or does not fit `like`.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise InputError(argument, path, f"a .npz or .npy file of arrays{reason}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fciu":
+            raise InputError(argument, f"{path} with {name} of {trees.describe(array)}", "arrays of numbers")
     if like is None:
         return _nested(arrays)
     point, rebuild = trees.split(like)
@@ -64,6 +70,8 @@ def load_point(path: Path, like: PyTree | None = None, *, argument: str = "point
         if arrays[name].shape != leaf.shape:
             got = f"{path} with {name} of shape {arrays[name].shape}"
             raise InputError(argument, got, f"shape {leaf.shape}")
+        if arrays[name].dtype.kind == "c" and leaf.dtype.kind != "c":
+            raise InputError(argument, f"{path} with {name} of {arrays[name].dtype}", f"real numbers, {leaf.dtype}")
         read.append(arrays[name].astype(leaf.dtype))
     return rebuild(jax.tree.unflatten(jax.tree.structure(point), read))
 
