@@ -69,5 +69,5 @@ bench: .venv/dev.stamp  ## The benchmarks, one file after the other
 	@set -e; for file in benchmarks/*.py; do echo "==> $$file"; $(BIN)/python "$$file"; done
 
 clean:  ## Remove everything that was built, the virtual environment too
-	@rm -rf .venv build dist demo-report docs/_build docs/jupyter_execute .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv build dist demo-report docs/_build docs/_generated docs/jupyter_execute .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests docs examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

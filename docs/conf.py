@@ -1,12 +1,16 @@
 """Sphinx: pages in Markdown by MyST-NB, the interface from docstrings, the methods from the catalog."""
 
+from pathlib import Path
+
 import docutils.utils
 from docutils import nodes
 from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.util.docutils import SphinxDirective
 
 import fallline
+from fallline.claims.evidence import committed, is_stale
 from fallline.core.registry import catalog
+from fallline.report.findings import figure_of
 
 project = "fallline"
 author = "The fallline developers"
@@ -57,6 +61,8 @@ def as_markdown(app, what, name, obj, options, lines):
 def methods():
     """A section for each row of the catalog."""
     for row in catalog().values():
+        found = committed(row.id)
+        verdict = "no evidence yet" if found is None else f"[{found['verdict']}](claims.md#{row.id})"
         yield f"""
 ## {row.title}
 
@@ -78,14 +84,96 @@ Guarantee
 Departures from the source
 : {row.departures}
 
+Claims
+: {verdict}
+
 Source
 : {row.source}
+
+```bibtex
+{row.source.bibtex()}
+```
 """
 
 
+GENERATED = Path(__file__).parent / "_generated"
+RELATION = {"<=": "≤", ">=": "≥"}
+MET = {True: "met", False: "**missed**", None: "open"}
+
+
+def evidence():
+    """A section for each method whose evidence the package carries, with its figures and every number."""
+    GENERATED.mkdir(exist_ok=True)
+    for row in catalog().values():
+        found = committed(row.id)
+        if found is None:
+            continue
+        stale = " The code has changed since: the evidence is stale." if is_stale(row) else ""
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        yield f"""
+({row.id})=
+## {row.title}: {found["verdict"]}
+
+{row.source}.{stale}
+"""
+        for claim in found["claims"]:
+            svg = figure_of(row, claim)
+            if svg is not None:
+                (GENERATED / f"{row.id}-{claim['name']}.svg").write_text(svg, encoding="utf-8")
+            yield claim_section(row, claim, svg is not None)
+        yield f"\n*{versions}; {found['device']}.*\n"
+
+
+def claim_section(row, claim, has_figure):
+    """One claim: what it says, what was measured, and the control."""
+    seeds = f"{claim['seeds']} seed" + ("s" if claim["seeds"] != 1 else "")
+    figure = f"![{claim['name']}](_generated/{row.id}-{claim['name']}.svg)" if has_figure else ""
+    finding = f"What we found: {claim['finding']}" if claim["finding"] else ""
+    rows = [("measured", check) for check in claim["checks"]]
+    rows += [("control", check) for check in claim["control_checks"]]
+    table = "\n".join(
+        f"| {label} | {check['name'].replace('|', '&#124;')} | {number(check)} | "
+        f"{RELATION[check['relation']]} {check['threshold']:.4g} | {MET[check['met']]} |"
+        for label, check in rows
+    )
+    return f"""
+### {claim["name"]}: {claim["verdict"]}
+
+{claim["statement"]}
+
+{figure}
+
+| | | value | threshold | |
+|---|---|---|---|---|
+{table}
+
+{finding}
+
+Refuted by
+: {claim["refuted_by"]}
+
+Control
+: {claim["control"]}
+
+Thresholds
+: {claim["tolerance"]}
+
+Source
+: {claim["source"]}; {seeds}, {claim["precision"]} bits, {claim["seconds"]:g} s
+"""
+
+
+def number(check):
+    """A measured value, with its interval where it has one."""
+    value = "not finite" if check["value"] is None else f"{check['value']:.4g}"
+    return value if check["interval"] is None else value + " [{:.3g}, {:.3g}]".format(*check["interval"])
+
+
 def from_the_catalog(app, docname, source):
-    """Put the methods in their place."""
-    source[0] = source[0].replace("<!-- methods -->", "".join(methods()))
+    """Put the methods and the evidence in their places."""
+    for place, sections in (("<!-- methods -->", methods), ("<!-- evidence -->", evidence)):
+        if place in source[0]:
+            source[0] = source[0].replace(place, "".join(sections()))
 
 
 def setup(app):
