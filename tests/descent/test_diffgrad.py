@@ -81,7 +81,7 @@ def test_it_composes_with_optax():
     assert jax.tree.structure(chained.update(g, chained.init(x), x)[0]) == jax.tree.structure(x)
     injected = optax.inject_hyperparams(diffgrad)(learning_rate=0.1)
     ours, direct = (t.update(g, t.init(x), x)[0]["a"] for t in (injected, diffgrad(0.1)))
-    np.testing.assert_allclose(ours, direct, rtol=1e-6)  # injected numbers are float32
+    np.testing.assert_allclose(ours, direct, rtol=6e-8 / 1e-3)  # injected, 1 − b2 is rounded to float32
 
 
 def test_without_decay_no_parameters_are_needed():

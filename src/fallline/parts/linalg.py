@@ -113,7 +113,8 @@ def lanczos_gap(n: int, steps: int, failure_probability: float) -> float:
 def orthonormal_rows(vectors: Float[Array, "m n"], tolerance: float) -> Float[Array, "r n"]:
     """An orthonormal basis of the row space; directions below `tolerance` × the largest are dropped."""
     _, sizes, basis = jnp.linalg.svd(vectors, full_matrices=False)
-    rank = int(np.sum(np.asarray(sizes) > tolerance * max(float(sizes[0]), np.finfo(np.float32).tiny)))
+    sizes = np.asarray(sizes)
+    rank = int(np.sum(sizes > tolerance * np.max(sizes, initial=np.finfo(np.float32).tiny)))
     return basis[:rank]
 
 
