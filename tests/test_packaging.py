@@ -25,7 +25,8 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if BLOCK.search(p.read_text("utf-8"))], ids=lambda p: p.name)
-def test_the_code_blocks_of_a_document_run(path):
+def test_the_code_blocks_of_a_document_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope = {"__name__": "__main__"}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for block in BLOCK.findall(path.read_text("utf-8")):
