@@ -1,0 +1,1 @@
+"""Methods that group points around centers."""
