@@ -205,6 +205,13 @@ def test_smooth_can_be_declared_and_is_still_checked():
     assert not c.is_minimum
 
 
+@pytest.mark.parametrize("power", [3, 4, 6])
+def test_a_hessian_that_is_exactly_zero_is_no_kink(power):
+    # Σ xᵢᵖ is flat at 0 to second order: nothing is decided, and nothing is called a kink.
+    c = fl.certify(lambda x: jnp.sum(x**power), np.zeros(3))
+    assert c.verdict is Verdict.SECOND_ORDER_STATIONARY and c.rayleigh == 0
+
+
 def test_a_wrong_hessian_is_noticed():
     # JAX gives abs(z)**2 a zero Hessian at z = 0, where it is 2I: the difference check sees it.
     c = fl.certify(lambda z: 1 - jnp.sum(jnp.abs(z) ** 2) + jnp.sum(jnp.abs(z) ** 4), np.zeros(2, complex))
