@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +46,10 @@ def plain(content: Any) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain values, indented; a file that is there is replaced at once or not at all."""
+    """Write plain values, indented, lists on a line; a file that is there is replaced at once or not at all."""
+    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+    # A line break is never inside of a string.
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: f"[{re.sub(r',\n *', ', ', found[1])}]", text)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    part.write_text(text + "\n", "utf-8")
     os.replace(part, path)
