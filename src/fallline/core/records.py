@@ -49,7 +49,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain values, indented, lists on a line; a file that is there is replaced at once or not at all."""
     text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
     # A line break is never inside of a string.
-    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: f"[{re.sub(r',\n *', ', ', found[1])}]", text)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: "[" + re.sub(r",\n *", ", ", found[1]) + "]", text)
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n", "utf-8")
     os.replace(part, path)
