@@ -1,11 +1,13 @@
 """Bad input: exit code 2 and one line that names the argument and what was expected."""
 
+import dataclasses
 import zipfile
 
 import numpy as np
 import pytest
 
-from fallline.cli import commands
+from fallline.cli import claiming, solving
+from fallline.core.registry import catalog
 
 LOSS = """
 import jax.numpy as jnp
@@ -41,6 +43,8 @@ def fails(x):
     raise RuntimeError("first line\\nsecond line")
 """
 FUNCTION = "def loss(x):\n    return (x**2).sum()\n"
+CALL = """{"format": 1, "folder": ".", "call": {"problem": "rosenbrock", "solver": "sgd", "set": ["learning_rate=1e-4"],
+"option": [], "steps": 5, "tolerance": null, "init": null, "seed": 0, "precision": "64", "out": null}}"""
 FILES = {
     "loss.py": LOSS,
     "integer.py": f"import numpy as np\nx0 = np.array([1, 2])\n{FUNCTION}",
@@ -60,12 +64,20 @@ FILES = {
     "list/run.json": "[1]",
     "cut/run.json": '{"problem": ',
     "full/file.txt": "here already",
+    "reports/diffgrad/file.txt": "here already",
+    "kept/solve.json": CALL,
+    "half/solve.json": CALL[:40],
+    "listed/solve.json": "[]",
+    "other/solve.json": CALL.replace('"steps"', '"stops"'),
+    "later/solve.json": CALL.replace('"format": 1', '"format": 99'),
+    "moved/solve.json": CALL.replace('"."', '"/no/such/place"'),
 }
 
 SOLVE = ("--with", "sgd", "--set", "learning_rate=0.1")
 ADAM = ("solve", "rosenbrock", "--with", "adam")
 PGD = ("solve", "saddle", "--with", "perturbed-gradient-descent")
 ROSENBROCK = ("solve", "rosenbrock", *SOLVE)
+RACE = ("race", "rosenbrock", "--set", "sgd.learning_rate=1e-4")
 
 
 def file(name):
@@ -191,6 +203,56 @@ TABLE = {
         ["failure_probability", "below 1"],
     ),
     "no budget": (("certify", "saddle", "--at", "x.npy", "--max-hvp", "1"), ["max_hvp", "1", "at least 4"]),
+    # checkpoints
+    "checkpoint in use": ((*ROSENBROCK, "--checkpoint", "full"), ["--checkpoint", "full", "a new or an empty folder"]),
+    "checkpoint of another run": (
+        (*ROSENBROCK, "--checkpoint", "kept"),
+        ["--checkpoint", "kept", "a new or an empty folder", "fallline resume kept goes on"],
+    ),
+    "resume nothing": (("resume",), ["FOLDER"]),
+    "resume nowhere": (("resume", "nowhere"), ["FOLDER", "nowhere", "solve.json", "--checkpoint", "No such file"]),
+    "resume no run": (("resume", "full"), ["FOLDER", "full", "solve.json", "No such file"]),
+    "resume a cut file": (("resume", "half"), ["FOLDER", "half/solve.json", "damaged"]),
+    "resume a list": (("resume", "listed"), ["FOLDER", "listed/solve.json", "damaged"]),
+    "resume another call": (("resume", "other"), ["FOLDER", "other/solve.json", "damaged"]),
+    "resume a later format": (("resume", "later"), ["FOLDER", "later/solve.json of format 99", "format 1"]),
+    "resume a run begun elsewhere": (("resume", "moved"), ["FOLDER", "moved", "/no/such/place"]),
+    "resume into a folder in use": (("resume", "kept", "--out", "full"), ["--out", "full", "a new or an empty folder"]),
+    # race
+    "race nobody": (("race", "saddle"), ["--with"]),
+    "race an unknown solver": (("race", "saddle", "--with", "adm,sgd"), ["--with", "'adm'", "did you mean 'adam'?"]),
+    "race one twice": ((*RACE, "--with", "sgd,sgd"), ["--with", "sgd twice", "LABEL=SOLVER"]),
+    "race an empty name": ((*RACE, "--with", "sgd,"), ["--with", "'sgd,'", "commas"]),
+    "race a label with a dot": ((*RACE, "--with", "a.b=sgd"), ["--with", "'a.b=sgd'", "LABEL=SOLVER"]),
+    "race without a rate": (("race", "saddle", "--with", "sgd"), ["--set", "nothing", "learning_rate", "sgd"]),
+    "race with an option of nobody": (
+        (*RACE, "--with", "sgd", "--set", "learning_rate=1"),
+        ["--set", "'learning_rate'", "SOLVER.NAME=VALUE"],
+    ),
+    "race with an option of another": (
+        (*RACE, "--with", "sgd", "--set", "sdg.learning_rate=1"),
+        ["--set", "'sdg'", "did you mean 'sgd'?"],
+    ),
+    "race at no cost": ((*RACE, "--with", "sgd", "--cost", "0"), ["cost", "0", "above 0"]),
+    "race at another price": ((*RACE, "--with", "sgd", "--weights", "hvps=1"), ["weights", "'hvps'", "'hvp'"]),
+    "race at a price in words": ((*RACE, "--with", "sgd", "--weights", "hvp=much"), ["hvp", "'much'", "a number"]),
+    "race without seeds": ((*RACE, "--with", "sgd", "--seeds", "0"), ["--seeds", "0", "at least 1"]),
+    "race from nowhere": (
+        ("race", "nothing.py:loss", "--with", "sgd", "--set", "sgd.learning_rate=1"),
+        ["--init", "nothing", "x0", "nothing.py"],
+    ),
+    "race into a folder in use": ((*RACE, "--with", "sgd", "--out", "full"), ["--out", "full", "empty folder"]),
+    # claim
+    "claim nothing": (("claim",), ["NAMES", "nothing", "fallline list"]),
+    "claim of nobody": (("claim", "diffgrad", "difgrad"), ["method", "'difgrad'", "did you mean 'diffgrad'?"]),
+    "claim of a problem": (("claim", "saddle"), ["method", "'saddle'"]),
+    "claim at another scale": (("claim", "diffgrad", "--scale", "large"), ["--scale", "large", "smoke"]),
+    "commit another scale": (
+        ("claim", "diffgrad", "--scale", "smoke", "--commit"),
+        ["--commit", "smoke", "the scale small"],
+    ),
+    "claim into a folder in use": (("claim", "diffgrad", "--out", "reports"), ["--out", "reports/diffgrad", "empty"]),
+    "BibTeX of a problem": (("show", "saddle", "--bibtex"), ["--bibtex", "given", "built-in problem"]),
     "kind of tolerance": (("certify", "saddle", "--at", "x.npy", "--tolerance", "0"), ["tolerance", "0", "above 0"]),
 }
 
@@ -199,7 +261,7 @@ TABLE = {
 def _files(folder):
     for name, text in FILES.items():
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
     np.save("two.npy", np.zeros(2))
     np.save("x.npy", np.zeros(20))
@@ -245,12 +307,12 @@ def broken(*_, **__):
 
 
 def test_internal_error_is_code_1_and_points_to_debug(run, monkeypatch):
-    monkeypatch.setattr(commands, "minimize", broken)
+    monkeypatch.setattr(solving, "minimize", broken)
     assert run(*ROSENBROCK) == (1, "", "fallline: internal error, RuntimeError: a bug (--debug shows where)\n")
 
 
 def test_internal_error_with_debug_shows_where(run, monkeypatch):
-    monkeypatch.setattr(commands, "minimize", broken)
+    monkeypatch.setattr(solving, "minimize", broken)
     code, _, err = run(*ROSENBROCK, "--debug")
     assert code == 1 and "in broken" in err
     assert err.endswith("\nfallline: internal error, RuntimeError: a bug\n")
@@ -260,5 +322,25 @@ def test_interrupted_before_the_run_is_code_130(run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "find_problem", interrupt)
+    monkeypatch.setattr(solving, "find_problem", interrupt)
     assert run(*ROSENBROCK) == (130, "", "fallline: interrupted\n")
+
+
+@pytest.mark.parametrize("where", ["no module", "no claims"])
+def test_a_method_without_claims_is_bad_input(run, monkeypatch, where):
+    row = catalog()["diffgrad"]
+    if where == "no module":
+        bare = dataclasses.replace(row, room="nowhere")
+        monkeypatch.setattr(claiming, "entry", lambda name: bare)
+    else:
+        monkeypatch.setattr(claiming, "claims_of", lambda row: ())
+    assert run("claim", "diffgrad") == (2, "", "fallline: NAMES: got diffgrad; expected methods that have claims\n")
+
+
+def test_a_call_that_cannot_be_used_leaves_its_folder_free(run, folder):
+    assert run(*ROSENBROCK, "--checkpoint", "new", "--steps", "-1").code == 2
+    assert list((folder / "new").iterdir()) == []
+    assert run(*ROSENBROCK, "--checkpoint", "new", "--steps", "1").code == 5
+    before = (folder / "new/solve.json").read_bytes()
+    assert run("resume", "new", "--steps", "-1").code == 2
+    assert (folder / "new/solve.json").read_bytes() == before

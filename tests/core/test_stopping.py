@@ -198,7 +198,7 @@ def test_rules_inside_jit_name_a_number_that_nobody_knows_yet():
 def test_what_a_rule_sees():
     """Called by hand: a rule is a pure function of what is seen and its memory."""
     calls = fl.Calls(gradient=3, value=2, hvp=1, minibatch=4)
-    seen = Seen(jnp.float32(1), jnp.float32(0.5), jnp.float32(0.25), calls, jnp.float32(2))
+    seen = Seen(jnp.float32(1), jnp.float32(0.5), jnp.float32(0.25), calls, calls, jnp.float32(2))
     met = lambda rule: bool(rule(seen, rule.init())[0])  # noqa: E731
     assert met(fl.gradient_norm(0.5)) and not met(fl.gradient_norm(0.4))
     assert met(fl.residual(0.75)) and not met(fl.residual(0.7))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -79,18 +80,24 @@ def source_hash(module: str) -> str:
     pending, sources = [module], {}
     while pending:
         name = pending.pop()
-        if name in sources:
-            continue
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        sources[name] = Path(spec.origin).read_bytes()
-        package = name if spec.submodule_search_locations else name.rpartition(".")[0]
-        pending += _imports(ast.parse(sources[name]), package)
+        if name not in sources:
+            sources[name], imported = _read(name)
+            pending += imported
     total = hashlib.sha256()
     for name in sorted(sources):
         total.update(f"{name}\0{len(sources[name])}\0".encode())
         total.update(sources[name])
     return total.hexdigest()[:16]
+
+
+@functools.cache
+def _read(name: str) -> tuple[bytes, tuple[str, ...]]:
+    """The source of a module, and the modules of fallline that it imports; read once in a process."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_bytes()
+    package = name if spec.submodule_search_locations else name.rpartition(".")[0]
+    return source, tuple(_imports(ast.parse(source), package))
 
 
 def _imports(tree: ast.AST, package: str) -> list[str]:
@@ -109,7 +116,10 @@ def _imports(tree: ast.AST, package: str) -> list[str]:
 
 
 def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+    # To look for something inside a module would import it.
+    package = name.rpartition(".")[0]
+    if package:
+        parent = importlib.util.find_spec(package)
+        if parent is None or parent.submodule_search_locations is None:
+            return False
+    return importlib.util.find_spec(name) is not None

@@ -1,4 +1,4 @@
-"""The command `fallline`: `list`, `show`, `solve` and `certify`."""
+"""The command `fallline`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from ..core.checkpoint import CheckpointError
 from ..core.errors import InputError
 
 __all__ = ["main"]
@@ -17,7 +18,8 @@ INTERNAL_ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default that of the process) and return its exit code.
 
-    0 converged or done, 1 internal error, 2 bad input, 3 diverged, 5 not converged, 130 interrupted.
+    0 converged or done, 1 internal error, 2 bad input, 3 diverged, 5 not converged, 6 claim not reproduced,
+    130 interrupted.
     Results go to stdout; progress and errors, one line each, to stderr.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_error=False,
             result_action="return_value",
         ) or 0  # fmt: skip
-    except (InputError, CycloptsError) as error:
+    except (InputError, CheckpointError, CycloptsError) as error:
         # Said for Python, where there is no flag.
         message = str(error).replace("jax.config.update('jax_enable_x64', True)", "--precision 64")
         code = _fail(BAD_INPUT, message, error, debug)

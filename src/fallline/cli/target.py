@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from optax import contrib
 
 from ..core.errors import InputError, check_choice
@@ -57,21 +57,34 @@ class Target:
     measure: Callable[[PyTree], Mapping[str, float]]
     draw: Callable[[PyTree], Mapping[str, Any]]
 
-    def start(self, seed: int) -> PyTree | None:
+    def start(self, key: Array) -> PyTree | None:
         """The starting point that the problem itself has, if it has one."""
         # A model may be callable too, but is made of leaves.
         if not (callable(self.begin) and jax.tree_util.all_leaves([self.begin])):
             return self.begin
         try:
-            return self.begin(jax.random.key(seed))
+            return self.begin(key)
         except InputError:
             raise
         except Exception as error:
             raise InputError("x0", f"a function that fails with {_words(error)}", "key -> point") from error
 
+    def starts(self, init: str | None) -> Callable[[Array], PyTree]:
+        """The starting point of a key: the one in the file `init`, or the problem's own.
+
+        **Raises:** `InputError` where there is neither.
+        """
+        if init is not None:
+            point = self.point(Path(init), "--init")
+            return lambda key: point
+        if self.begin is None:
+            expected = f"a file with the starting point, or `x0` in {self.name.split(':')[0]}"
+            raise InputError("--init", "nothing", expected)
+        return self.start
+
     def point(self, file: Path, argument: str) -> PyTree:
         """A point from a file, in the form of the problem's own start."""
-        return load_point(file, self.start(0), argument=argument)
+        return load_point(file, self.start(jax.random.key(0)), argument=argument)
 
     def about(self) -> dict[str, Any]:
         """The problem as a report shows it."""

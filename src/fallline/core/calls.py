@@ -9,7 +9,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-__all__ = ["COST", "Calls"]
+from .errors import check_choice, check_nonnegative
+
+__all__ = ["COST", "Calls", "cost_vector"]
 
 COST: Mapping[str, float] = {"gradient": 1.0, "value": 0.5, "hvp": 2.0, "minibatch": 1.0}
 """What one call of each oracle costs, in gradients; a minibatch is scaled by its share of the data."""
@@ -47,6 +49,17 @@ class Calls(eqx.Module):
 
     def __str__(self) -> str:
         return ", ".join(f"{n} {name}" for name, n in self.as_dict().items()) or "none"
+
+
+def cost_vector(weights: Mapping[str, float]) -> dict[str, float]:
+    """The price of one call of each oracle, `COST` where `weights` says nothing.
+
+    **Raises:** `InputError` for a name that is no oracle, or a price that is not a number of at least 0.
+    """
+    for name, price in weights.items():
+        check_choice("weights", name, COST)
+        check_nonnegative(name, price)
+    return {**COST, **weights}
 
 
 def strong(calls: Calls) -> Calls:

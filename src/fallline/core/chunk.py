@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import trees
-from .calls import Calls, strong
+from .calls import COST, Calls, strong
 from .problem import Problem
 from .program import Static
 from .solver import GRADIENT, Solver
@@ -25,6 +26,7 @@ from .status import OWN_TEST, Ending
 from .stopping import Seen, StoppingRule
 
 __all__ = [
+    "COUNTED",
     "MEASURED",
     "Carry",
     "Numbers",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 MEASURED = ("value", "gradient_norm")
+COUNTED = tuple(f"calls.{oracle}" for oracle in COST)  # what the method asked so far, itself
 _STALL = 100  # looks without a bit of change before a run counts as stalled
 _TESTS = 8  # the code of an end is the ending, plus this times (the index of the met rule + 1)
 
@@ -128,7 +131,7 @@ def measure(problem: Problem, state: Any, dtype: Any) -> tuple[Point, Calls]:
 
 def _row(plan: Plan, state: Any, point: Point, dtype: Any) -> Array:
     known = dict(zip(MEASURED, point, strict=True))
-    columns = [known[name] if name in known else getattr(state, name) for name in plan.record]
+    columns = [known[name] if name in known else attrgetter(name)(state) for name in plan.record]
     return jnp.stack([c.astype(dtype) for c in columns]) if columns else jnp.zeros(0, dtype)
 
 
@@ -150,7 +153,7 @@ def _look(
         code = jnp.where(same, watch.code - 1, encode(Ending.RUNNING))
         code = jnp.where(code <= -_STALL, encode(Ending.STALLED), code)
     bound = problem.lower_bound
-    seen = Seen(*point, None if bound is None else jnp.asarray(bound), state.calls + extra, seconds)
+    seen = Seen(*point, None if bound is None else jnp.asarray(bound), state.calls + extra, state.calls, seconds)
     memories: list[Any] = []
     for index in reversed(range(len(numbers.rules))):
         rule = numbers.rules[index]

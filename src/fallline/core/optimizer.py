@@ -52,31 +52,39 @@ class Optimizer(Solver):
         """The Optax transformation with the current numbers."""
         return self.factory(**self.numbers, **self.options)
 
-    def init(self, problem: Problem, x: PyTree, *, key: Array | None) -> OptimizerState:
+    def begin(self, x: PyTree) -> Any:
+        """Optax's state at `x`."""
         update = self.transformation()
         inner = update.init(x)
         view = _view(update, inner, x)
-        if view.real:
-            inner = update.init(view.forward(x))
+        return update.init(view.forward(x)) if view.real else inner
+
+    def move(
+        self, objective: Callable, x: PyTree, value: Array, gradient: PyTree, inner: Any
+    ) -> tuple[PyTree, Any, Calls]:
+        """One update of `x`: the new point, Optax's new state, and the calls of `objective` that it made itself."""
+        return _apply(self.transformation(), objective, x, value, gradient, inner)
+
+    def init(self, problem: Problem, x: PyTree, *, key: Array | None) -> OptimizerState:
+        inner = self.begin(x)
         if problem.random:
             return OptimizerState(x, Calls(), None, None, None, jnp.zeros((), trees.real_dtype(x)), inner)
         value, gradient = problem.value_and_gradient(x)
         return OptimizerState(x, GRADIENT, gradient, value, trees.norm(gradient), None, inner)
 
     def step(self, problem: Problem, state: OptimizerState, *, key: Array | None) -> OptimizerState:
-        update = self.transformation()
         if key is not None and problem.random:
             value, gradient = problem.minibatch(state.x, key)
 
             def same_rows(x: PyTree) -> Array:
                 return problem.minibatch(x, key)[0]
 
-            x, inner, used = _apply(update, same_rows, state.x, value, gradient, state.inner)
+            x, inner, used = self.move(same_rows, state.x, value, gradient, state.inner)
             asked = MINIBATCH + Calls(minibatch=used.gradient + used.value)
             return OptimizerState(x, state.calls + asked, None, None, None, value, inner)
         assert state.value is not None
-        x, inner, used = _apply(update, problem.value, state.x, state.value, state.gradient, state.inner)
-        value, gradient, asked = _value_and_gradient(update, problem, x, inner, state)
+        x, inner, used = self.move(problem.value, state.x, state.value, state.gradient, state.inner)
+        value, gradient, asked = _value_and_gradient(self.transformation(), problem, x, inner, state)
         return OptimizerState(x, state.calls + used + asked, gradient, value, trees.norm(gradient), None, inner)
 
 
@@ -174,7 +182,7 @@ def _view(update: optax.GradientTransformation, inner: Any, x: PyTree) -> _View:
     return _View(x, searching and any(jnp.iscomplexobj(a) for a in jax.tree.leaves(x)))
 
 
-def optimizer(factory: Callable | optax.GradientTransformation, /, **options: Any) -> Solver:
+def optimizer(factory: Callable | optax.GradientTransformation, /, **options: Any) -> Optimizer:
     """Make a solver of an Optax optimizer.
 
     **Arguments:**

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from . import trees
-from .chunk import MEASURED, Numbers, Plan, start
+from .chunk import COUNTED, MEASURED, Numbers, Plan, start
 from .errors import InputError, check_count, is_traced
 from .problem import Objective, Problem, bind, check_needs
 from .solver import Solver, with_array_numbers
 from .stopping import StoppingRule
 
-__all__ = ["Setup", "check_key", "prepare"]
+__all__ = ["Setup", "check_key", "prepare", "state_shapes"]
 
 _MOST_STEPS = 2**31 - 1
 
@@ -137,16 +137,17 @@ def _check_rules(stop: Any, solver: Solver, problem: Problem, label: str) -> tup
 
 
 def _check_record(setup: Setup) -> None:
-    if set(setup.plan.record) <= set(MEASURED):
+    always = {*MEASURED, *COUNTED}
+    if set(setup.plan.record) <= always:
         return
-    scalars = {name for name, leaf in vars(_shapes(setup)).items() if getattr(leaf, "shape", None) == ()}
-    known = set(MEASURED) | scalars - {"done"}
+    scalars = {name for name, leaf in vars(state_shapes(setup)).items() if getattr(leaf, "shape", None) == ()}
+    known = always | scalars - {"done"}
     for name in setup.plan.record:
         if name not in known:
             raise InputError("record", repr(name), f"one of {', '.join(sorted(known))}")
 
 
-def _shapes(setup: Setup) -> Any:
+def state_shapes(setup: Setup) -> Any:
     """The solver's state as shapes and dtypes."""
     plan = dataclasses.replace(setup.plan, record=())
     return eqx.filter_eval_shape(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from .calls import COST, Calls
+from .calls import Calls, cost_vector
 from .errors import InputError, check_count, check_nonnegative, check_positive, is_traced
 
 __all__ = [
@@ -25,12 +25,16 @@ __all__ = [
 
 
 class Seen(NamedTuple):
-    """What a rule may look at: scalars of the current point (None where unknown), and the account."""
+    """What a rule may look at: scalars of the current point (None where unknown), and the account.
+
+    `calls` counts everything that was asked, `own` what the method asked itself.
+    """
 
     value: Any
     gradient_norm: Any
     lower_bound: Any
     calls: Calls
+    own: Calls
     seconds: Array
 
 
@@ -145,8 +149,10 @@ class _CallBudget(StoppingRule):
     weights: dict[str, Any]
 
     def __call__(self, seen: Seen, memory: Any) -> tuple[Array, Any]:
-        spent = sum(w * getattr(seen.calls, name) for name, w in self.weights.items())
-        return spent >= self.cost, memory
+        return self._spent(seen.calls) >= self.cost, memory
+
+    def _spent(self, calls: Calls) -> Any:
+        return sum(w * getattr(calls, name) for name, w in self.weights.items())
 
     def describe(self) -> str:
         return f"call_budget({_shown(self.cost)})"
@@ -159,11 +165,14 @@ def call_budget(cost: float, **weights: float) -> StoppingRule:
     a value 0.5, an HVP 2 and a minibatch 1.
     """
     check_positive("cost", cost)
-    for name in weights:
-        if name not in COST:
-            raise InputError("weights", repr(name), f"one of {', '.join(COST)}")
-        check_nonnegative(name, weights[name])
-    return _CallBudget(cost, {**COST, **weights})
+    return _CallBudget(cost, cost_vector(weights))
+
+
+class OwnBudget(_CallBudget):
+    """A call budget for what the method asks itself: the loop's measurements are free."""
+
+    def __call__(self, seen: Seen, memory: Any) -> tuple[Array, Any]:
+        return self._spent(seen.own) >= self.cost, memory
 
 
 class _TimeLimit(StoppingRule):

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -29,6 +27,7 @@ from jaxtyping import PyTree
 
 from ..core.certificate import Certificate, Verdict
 from ..core.errors import InputError
+from ..core.records import write_json
 from ..core.solution import Solution
 from ..landscape.certify import escape
 from . import figures
@@ -38,14 +37,19 @@ from .points import save_point
 __all__ = ["check_folder", "environment", "read_run", "write_certificate", "write_run"]
 
 _PACKAGES = ("fallline", "jax", "jaxlib", "equinox", "optax", "numpy")
+_OF_CERTIFICATE = ("certificate.json", "direction.npz", "escape.npz", "direction.svg")
 
 
-def check_folder(folder: Path, argument: str = "--out") -> None:
+def check_folder(folder: Path, argument: str = "--out", *, checkpoint: Path | None = None) -> None:
     """Refuse a folder that holds something already, or that cannot be made: no run is overwritten.
+
+    What the same run wrote when it was interrupted may be there: the one that is kept in `checkpoint`.
 
     **Raises:** `InputError`.
     """
     if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if checkpoint is not None and _kept_in(folder) == str(checkpoint):
         return
     if folder.exists():
         raise InputError(argument, folder, "a new or an empty folder")
@@ -53,6 +57,14 @@ def check_folder(folder: Path, argument: str = "--out") -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(argument, folder, f"a folder that can be made ({error.strerror})") from None
+
+
+def _kept_in(folder: Path) -> Any:
+    """Where the run is kept whose report is in the folder."""
+    try:
+        return read_run(folder).get("checkpoint")
+    except InputError:
+        return None
 
 
 def environment() -> dict[str, Any]:
@@ -83,7 +95,12 @@ def summary(solution: Solution) -> dict[str, Any]:
 
 
 def write_run(folder: Path, solution: Solution, start: PyTree, about: Mapping[str, Any]) -> None:
-    """Write a run into an empty folder; `about` says what was run (`problem`, `solver`, `command`, …)."""
+    """Write a run into a folder that is empty, or its own from before it was resumed.
+
+    `about` says what was run (`problem`, `solver`, `command`, …).
+    """
+    for name in _OF_CERTIFICATE:  # of the point where the run was interrupted
+        (folder / name).unlink(missing_ok=True)
     save_point(folder / "start.npz", start)
     save_point(folder / "point.npz", solution.x)
     columns = ["step", *(name for name in solution.history if name != "step")]
@@ -94,7 +111,7 @@ def write_run(folder: Path, solution: Solution, start: PyTree, about: Mapping[st
     bound = about["problem"].get("lower_bound")
     if len(solution.history["step"]) > 1:
         (folder / "history.svg").write_text(figures.history(solution.history, bound), encoding="utf-8")
-    _write_json(folder / "run.json", {**about, **summary(solution), **environment()})
+    write_json(folder / "run.json", {**about, **summary(solution), **environment()})
     _write_folder_page(folder)
 
 
@@ -105,7 +122,7 @@ def write_certificate(folder: Path, certificate: Certificate, about: Mapping[str
         save_point(folder / "escape.npz", escape(certificate))
     if pictures:
         (folder / "direction.svg").write_text(figures.images(pictures), encoding="utf-8")
-    _write_json(folder / "certificate.json", {**about, **certificate.evidence(), "text": str(certificate)})
+    write_json(folder / "certificate.json", {**about, **certificate.evidence(), "text": str(certificate)})
     _write_folder_page(folder)
 
 
@@ -122,25 +139,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
     raise InputError("PROBLEM", folder, f"a folder with the run.json that `fallline solve --out` wrote ({reason})")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
-
-
-def plain(content: Any) -> Any:
-    """The same with plain numbers; JSON has no NaN and no infinity, they become null."""
-    if isinstance(content, Mapping):
-        return {str(k): plain(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [plain(v) for v in content]
-    if isinstance(content, np.generic) or (hasattr(content, "item") and np.ndim(content) == 0):
-        content = content.item()
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content if content is None or isinstance(content, str | bool | int | float) else repr(content)
 
 
 def _write_folder_page(folder: Path) -> None:
@@ -215,7 +213,8 @@ def _setting_of(about: Mapping[str, Any]) -> Section:
     if "solver" in about:
         rows.append(("solver", about["solver"]["name"]))
         rows += [(f"solver: {name}", str(value)) for name, value in about["solver"]["options"].items()]
-    rows += [(name, str(about[name])) for name in ("init", "steps", "tolerance", "seed") if about.get(name) is not None]
+    named = ("init", "steps", "tolerance", "seed", "checkpoint")
+    rows += [(name, str(about[name])) for name in named if about.get(name) is not None]
     rows.append(("precision", f"{about['precision']} bits"))
     return Section("What was run", table=[(name, value) for name, value in rows if value])
 

@@ -14,14 +14,15 @@ __all__ = ["Section", "write_page"]
 
 @dataclasses.dataclass
 class Section:
-    """A heading with, in this order: a paragraph, a table of two columns, figures, preformatted text.
+    """A heading with, in this order: a paragraph, a table of two columns, a grid, figures, preformatted text.
 
-    `figures` are pairs of an `<svg>` element and its caption.
+    `grid` is a table with a row of headings first; `figures` are pairs of an `<svg>` element and its caption.
     """
 
     heading: str
     text: str = ""
     table: Sequence[tuple[str, str]] = ()
+    grid: Sequence[Sequence[str]] = ()
     figures: Sequence[tuple[str, str]] = ()
     code: str = ""
 
