@@ -1,5 +1,7 @@
 """fallline: non-convex optimisation in machine learning, on JAX."""
 
+from .clustering.k_means import KMeans, assign, k_means_plus_plus, lloyd
+from .clustering.power_k_means import power_k_means
 from .core.calls import Calls
 from .core.certificate import Certificate, Verdict
 from .core.checkpoint import Checkpoint, CheckpointError
@@ -8,6 +10,7 @@ from .core.loop import minimize
 from .core.optimizer import optimizer
 from .core.problem import FiniteSum, Objective, Problem
 from .core.progress import Progress
+from .core.race import Race, race
 from .core.solution import Solution
 from .core.solver import Solver, State
 from .core.status import Ending, Status
@@ -15,7 +18,15 @@ from .core.stopping import call_budget, decrease, gradient_norm, residual, time_
 from .core.sweep import sweep
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
+from .descent.target_surrogate import TargetLoss, armijo, target_surrogate
 from .landscape.certify import certify, escape
+from .landscape.exponential_linear_nets import (
+    DepthSweep,
+    DepthTimes,
+    LinearNet,
+    exponential_linear_nets,
+    initial_factors,
+)
 
 __version__ = "0.1.0"
 
@@ -24,31 +35,46 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "DepthSweep",
+    "DepthTimes",
     "Ending",
     "FalllineError",
     "FiniteSum",
     "InputError",
+    "KMeans",
+    "LinearNet",
     "Objective",
     "Problem",
     "Progress",
+    "Race",
     "RunError",
     "Solution",
     "Solver",
     "State",
     "Status",
+    "TargetLoss",
     "Verdict",
+    "armijo",
+    "assign",
     "call_budget",
     "certify",
     "decrease",
     "diffgrad",
     "escape",
+    "exponential_linear_nets",
     "gradient_norm",
+    "initial_factors",
+    "k_means_plus_plus",
+    "lloyd",
     "minimize",
     "optimizer",
     "perturbed_gradient_descent",
+    "power_k_means",
+    "race",
     "residual",
     "scale_by_diffgrad",
     "sweep",
+    "target_surrogate",
     "theory_parameters",
     "time_limit",
 ]

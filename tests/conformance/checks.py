@@ -251,8 +251,8 @@ def _breaking(problem: Problem, first: Any) -> Problem:
     return broken
 
 
-ORACLES = ("value", "value_and_gradient", "minibatch", "squared_distances", "target_gradient")
-"""Methods of problems whose answers a run may be spoiled by."""
+ORACLES = ("value", "value_and_gradient", "minibatch", "squared_distances", "targets")
+"""Methods of problems, of a point first, whose answers a run may be spoiled by."""
 
 
 def no_parameter_sized_copy(case: Case) -> None:
@@ -272,8 +272,8 @@ def no_parameter_sized_copy(case: Case) -> None:
     lines = [line.strip() for line in compiled.as_text().splitlines() if _copied(line) in shapes]
     if len(lines) > case.copies:
         raise Failure(
-            f"the compiled step copies {len(lines)} arrays of the point's size ({lines[0][:80]} …): leave what does not "
-            "change in its place in the state, and branch by `in_place`, not by `cond`"
+            f"the compiled step copies {len(lines)} arrays of the point's size ({lines[0][:80]} …): leave what does "
+            "not change in its place in the state, and branch by `in_place`, not by `cond`"
         )
 
 
