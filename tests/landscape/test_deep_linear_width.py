@@ -235,6 +235,13 @@ def test_at_depth_one_every_direction_has_its_own_factor(x64):
     assert found.gaps[0, 0, 0, -1] / found.gaps[0, 0, 0, -2] == pytest.approx(found.limit, rel=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(40, 50), (50, 40), (4, 50), (1, 1)])
+def test_spectral_norms_are_the_largest_singular_values(shape):
+    matrix = RNG.standard_normal(shape)
+    assert module._spectral_norm(matrix) == pytest.approx(np.linalg.svd(matrix, compute_uv=False)[0], rel=1e-12)
+    assert module._spectral_norm(0 * matrix) == 0
+
+
 def test_a_run_that_diverges_is_infinite_from_there(x64):
     with pytest.warns(UserWarning, match="times the theorem's"):
         found = deep_linear_width(X, Y, depths=[3], widths=[2], seeds=[0, 3], steps=40, step_scale=30)
@@ -337,6 +344,8 @@ def test_data_that_are_no_matrices_are_refused(inputs, targets, message, x64):
 def test_float64_data_need_64_bit_mode(x32):
     with pytest.raises(fl.InputError, match=r"X: got float64\[3,5\]; expected float32"):
         deep_linear_width(X, Y, **GRID)
+    with pytest.raises(fl.InputError, match=r"Y: got float64\[2,5\]; expected float32"):
+        DeepLinear(X.astype("f4"), Y)
 
 
 def test_traced_data_are_refused(x64):
