@@ -22,7 +22,7 @@ def main() -> None:
     signal = jnp.asarray(rng.standard_normal(200) / np.sqrt(200), jnp.float32)
     y = (a @ signal) ** 2
     x0 = signal + jnp.asarray(0.02 * rng.standard_normal(200), jnp.float32)
-    step_size, steps = 0.05, 1000
+    step_size, steps = 0.02, 1000
 
     def loss(x, a, y):
         return jnp.mean(((a @ x) ** 2 - y) ** 2) / 4

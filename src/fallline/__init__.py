@@ -20,6 +20,7 @@ from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
 from .descent.target_surrogate import TargetLoss, armijo, target_surrogate
 from .landscape.certify import certify, escape
+from .landscape.deep_linear_width import DeepLinear, WidthSweep, deep_linear_width
 from .landscape.exponential_linear_nets import (
     DepthSweep,
     DepthTimes,
@@ -35,6 +36,7 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "DeepLinear",
     "DepthSweep",
     "DepthTimes",
     "Ending",
@@ -54,11 +56,13 @@ __all__ = [
     "Status",
     "TargetLoss",
     "Verdict",
+    "WidthSweep",
     "armijo",
     "assign",
     "call_budget",
     "certify",
     "decrease",
+    "deep_linear_width",
     "diffgrad",
     "escape",
     "exponential_linear_nets",

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Float
 
 __all__ = [
@@ -89,6 +88,8 @@ def ritz_vector(
 
 def tridiagonal_eigh(run: Lanczos) -> tuple[np.ndarray, np.ndarray, float]:
     """Ritz values in ascending order, their coefficient vectors as columns, and the last β. On the host."""
+    import scipy.linalg  # a quarter of a second that not every import of fallline should pay
+
     k = int(run.steps)
     diagonal = np.asarray(run.diagonal, np.float64)[:k]
     off = np.asarray(run.offdiagonal, np.float64)[:k]
