@@ -103,6 +103,8 @@ def test_without_decay_no_parameters_are_needed():
 def test_bad_numbers(options, words):
     with pytest.raises(fl.InputError, match=words):
         diffgrad(**options)
+    with pytest.raises(fl.InputError, match=words):
+        fl.optimizer(diffgrad, **options)
 
 
 @pytest.mark.parametrize("params", [jnp.ones(2, jnp.int32), jnp.ones(2, jnp.complex64)])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import trees
 from .calls import Calls
-from .errors import InputError, check_choice, check_positive
+from .errors import InputError, check_choice, check_positive, is_traced
 from .problem import Problem
 from .solver import GRADIENT, MINIBATCH, Solver, State
 
@@ -218,6 +218,8 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
         raise InputError("learning_rate", None, "a number or a schedule")
     if rate is not None and not callable(rate) and np.ndim(rate) == 0:
         check_positive("learning_rate", rate)
+    if not is_traced(options):
+        factory(**options)  # its own checks of numbers, which are arrays from here on
     static = _branched_on(factory, options)
     for name in static:
         if isinstance(options[name], jax.Array):
