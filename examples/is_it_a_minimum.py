@@ -27,8 +27,8 @@ import optax
 
 import fallline as fl
 from fallline import problems
+from fallline.core.records import environment
 from fallline.report import figures
-from fallline.report.folder import environment
 from fallline.report.page import Section, write_page
 from fallline.report.points import save_point
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,6 +176,7 @@ def looping(instance, track):
     for _ in track(range(2), "outer"):
         for _ in track([1, 2, 3], "inner"):
             assert not sys.stderr.isatty()  # a bar of a run inside would garble ours
+            time.sleep(0.05)
     return {"value": 0.5}
 
 

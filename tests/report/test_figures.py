@@ -5,10 +5,14 @@ import io
 import re
 import xml.etree.ElementTree as ET
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from matplotlib.image import imread
 
+import fallline as fl
 from fallline.report import figures
 
 N = np.arange(200)
@@ -98,6 +102,122 @@ def test_every_recorded_quantity_has_a_panel():
 
 def test_a_figure_is_the_same_bytes_again():
     assert figures.history(record(np.exp(-N)), None) == figures.history(record(np.exp(-N)), None)
+
+
+# --- races -----------------------------------------------------------------------------------------
+
+
+def sgd(rate):
+    return fl.optimizer(optax.sgd, learning_rate=rate)
+
+
+def start(key):
+    return np.exp(np.asarray(jax.random.uniform(key, (), float)))
+
+
+def axes(svg):
+    """Places of the labelled ticks in SVG's coordinates: of the horizontal axis, and of the vertical one."""
+    across, up = {}, {}
+    for tick in re.findall(
+        r'<g id="[xy]tick_\d+">.*?(?=<g id="(?:[xy]tick_|text_|patch_|matplotlib|line2d_\d+">\s*</g>\s*</g>\s*$))',
+        svg,
+        re.DOTALL,
+    ):
+        place = re.search(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)"', tick)
+        text = re.search(r"<!--(.*?)-->", tick, re.DOTALL)
+        if place and text:
+            (across if tick.startswith('<g id="x') else up)[text[1].strip()] = float(
+                place[1 if tick.startswith('<g id="x') else 2]
+            )
+    return across, up
+
+
+def value_at(svg, points):
+    """Costs and values of points of a picture, read off its ticks; the vertical axis logarithmic."""
+    across, up = axes(svg)
+    costs = {float(text): place for text, place in across.items()}
+    powers = {
+        float(re.search(r"10\^\{(.*?)\}", text)[1].replace("−", "-")): place
+        for text, place in up.items()
+        if "10^" in text
+    }
+    (c0, x0), *_, (c1, x1) = sorted(costs.items())
+    (p0, y0), *_, (p1, y1) = sorted(powers.items())
+    cost = c0 + (points[:, 0] - x0) * (c1 - c0) / (x1 - x0)
+    return cost, 10.0 ** (p0 + (points[:, 1] - y0) * (p1 - p0) / (y1 - y0))
+
+
+def test_a_race_shows_the_median_of_the_keys_and_their_spread():
+    # f = ½x², x_t = (1 − η)ᵗ x0: in logarithms a straight line over the cost t + 1, whatever the start.
+    result = fl.race(lambda x: 0.5 * x**2, start, {"fast": sgd(0.5), "slow": sgd(0.2)}, cost=30, keys=(0, 1, 2))
+    svg = figures.race(result, 0.0)
+    starts = sorted(float(start(jax.random.key(seed))) for seed in (0, 1, 2))
+    for curve, rate in zip(lines(svg), (0.5, 0.2), strict=True):
+        cost, value = value_at(svg, curve[[0, -1]])
+        np.testing.assert_allclose(cost, [1, 30], atol=0.05)
+        expected = 0.5 * starts[1] ** 2 * (1 - rate) ** (2 * np.array([0, 29]))
+        np.testing.assert_allclose(value, expected, rtol=0.05)
+    assert {"fast", "slow", "lowest value so far − lower bound"} <= set(labels(svg))
+    bands = re.findall(r'<path d="([^"]+)"[^>]*style="fill: (#\w+); fill-opacity: 0.15', svg)
+    paths = bands or [(d, "") for d in re.findall(r'<path id="\w+" d="([^"]+)" style="fill', svg)]
+    assert len(re.findall("opacity: 0.15", svg)) >= 2 and paths
+
+
+def test_a_single_key_has_no_band():
+    result = fl.race(lambda x: 0.5 * x**2, 1.0, {"a": sgd(0.5)}, cost=10)
+    assert "opacity: 0.15" not in figures.race(result, 0.0)
+
+
+def test_a_solver_that_ended_by_itself_has_a_dot_and_goes_on_dotted():
+    solvers = {"ends": sgd(0.5), "goes on": sgd(0.01)}
+    result = fl.race(lambda x: 0.5 * x**2, 1.0, solvers, cost=100, stop=fl.gradient_norm(2.0**-10))
+    svg = figures.race(result, 0.0)
+    ends, dotted, goes_on = lines(svg)
+    cost, value = value_at(svg, np.stack([ends[-1], dotted[0], dotted[-1], goes_on[-1]]))
+    np.testing.assert_allclose(cost, [11, 12, 100, 100], atol=0.2)
+    np.testing.assert_allclose(value[:3], 0.5 * 2.0**-20, rtol=0.05)
+    assert len(re.findall(rf'<use [^>]*style="fill: {figures.INK[0]}', svg)) == 1
+    assert svg.count("stroke-dasharray") == 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "bound", "logarithmic"),
+    {
+        "falls to its bound": (lambda x: 1 + x**2, 1.0, True),
+        "reaches its bound": (lambda x: jnp.where(x > 1e-3, x**2, 0.0), 0.0, True),
+        "falls over orders, positive": (lambda x: x**2, None, True),
+        "is negative": (lambda x: x**2 - 2, None, False),
+        "is within one order": (lambda x: 1 + 0.1 * x**2, None, False),
+    }.values(),
+    ids=lambda x: "",
+)
+def test_a_race_s_axis_is_logarithmic_where_that_shows_more(fn, bound, logarithmic):
+    svg = figures.race(fl.race(fn, 1.0, {"a": sgd(0.25)}, cost=25), bound)
+    ET.fromstring(svg)
+    assert any("10^{" in text for text in labels(svg)) == logarithmic
+    assert ("lowest value so far − lower bound" in labels(svg)) == (bound is not None)
+
+
+def test_what_reaches_its_bound_leaves_the_picture_downwards():
+    def fn(x):
+        return jnp.where(x > 0.3, x**2, 0.0)
+
+    svg = figures.race(fl.race(fn, 1.0, {"a": sgd(0.25), "b": sgd(0.01)}, cost=25), 0.0)
+    _, up = axes(svg)
+    falls = lines(svg)[0]
+    assert falls[-1, 1] > max(up.values())
+
+
+def test_a_long_race_is_thinned_out():
+    result = fl.race(lambda x: 0.5 * x**2, 1.0, {"a": sgd(1e-3)}, cost=20_000)
+    (curve,) = lines(figures.race(result, 0.0))
+    assert 100 < len(curve) <= 600
+
+
+def test_nobody_finite_is_a_picture_too():
+    result = fl.race(lambda x: jnp.log(x), -1.0, {"a": sgd(0.1)}, cost=5)
+    ET.fromstring(figures.race(result, None))
+    assert np.isnan(result.table()[0].value)
 
 
 def pixels(svg):

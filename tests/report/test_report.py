@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import fallline as fl
+from fallline.core.records import plain
 from fallline.problems import instance
 from fallline.report import folder as reports
 from fallline.report.page import Section, write_page
@@ -187,8 +188,29 @@ def test_only_a_new_or_empty_folder_is_written_to(tmp_path):
         reports.check_folder(tmp_path / "a")
 
 
+def test_the_report_of_the_same_kept_run_may_be_written_again(solved, certificate, tmp_path):
+    folder, kept = tmp_path / "r", tmp_path / "kept"
+    folder.mkdir()
+    solution, start, about = solved
+    reports.write_run(folder, solution, start, {**about, "checkpoint": str(kept)})
+    reports.write_certificate(folder, certificate, {**about, **reports.environment()}, {"a": np.eye(2)})
+    reports.check_folder(folder, checkpoint=kept)
+    for other in (None, tmp_path / "other"):
+        with pytest.raises(fl.InputError, match="a new or an empty folder"):
+            reports.check_folder(folder, checkpoint=other)
+    reports.write_run(folder, solution, start, {**about, "checkpoint": str(kept)})
+    # The certificate was of the point before.
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"index.html", "run.json", "start.npz", "point.npz", "history.csv", "history.svg"}
+    page = Page((folder / "index.html").read_text())
+    assert page.rows["What was run", "checkpoint"] == str(kept) and "Certificate" not in page.text
+    (folder / "run.json").write_text("cut")
+    with pytest.raises(fl.InputError, match="a new or an empty folder"):
+        reports.check_folder(folder, checkpoint=kept)
+
+
 def test_plain_values_are_json_s():
-    found = reports.plain(
+    found = plain(
         {"a": np.float64(1.5), "b": jax.numpy.int32(3), "c": [float("inf"), np.nan], "d": (True, None, "x"), 5: {1}}
     )
     assert found == {"a": 1.5, "b": 3, "c": [None, None], "d": [True, None, "x"], "5": "{1}"}
@@ -197,10 +219,21 @@ def test_plain_values_are_json_s():
 
 def test_a_page_s_parts_come_in_order(tmp_path):
     drawn = ("<svg></svg>", "drawn")
-    section = Section("Part", text="words", table=[("name", "a-b c")], figures=[drawn], code="x -y\n\n  z 1e-3\nw")
+    grid = [("head", ""), ("cell 1", "cell-2"), ("cell 3", "<4>")]
+    code = "x -y\n\n  z 1e-3\nw"
+    section = Section("Part", text="words", table=[("name", "a-b c")], grid=grid, figures=[drawn], code=code)
     write_page(tmp_path / "p.html", title="T", lead="L", sections=[section], footer="F")
     text = re.sub("</?span>", "", (tmp_path / "p.html").read_text())
-    parts = ["<h1>T", "L</p>", "<h2>Part", "<p>words", "name</th><td>a-b c</td>", "<svg>", "drawn</figcaption>"]
+    parts = [
+        "<h1>T",
+        "L</p>",
+        "<h2>Part",
+        "<p>words",
+        "name</th><td>a-b c</td>",
+        ">head</th>",
+        "<td>cell 1</td><td>cell-2</td>",
+    ]
+    parts += ["<td>cell 3</td><td>&lt;4&gt;</td>", "<svg>", "drawn</figcaption>"]
     parts += ["<pre>\nx -y\n\n  z 1e-3\nw\n</pre>", "F</footer>"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..core.certificate import Certificate, Verdict
 from ..core.errors import InputError
+from ..core.records import environment
 from ..landscape.certify import certify as certify_point
 from ..report import folder as reports
 from .app import Flag, Options, app, check_seed, command_line, print_json, print_measured, use_precision
@@ -102,7 +103,7 @@ def certify(
         "precision": int(precision),
         "seed": seed,
         "measure": measured,
-        **reports.environment(),
+        **environment(),
     }
     if out is not None:
         reports.write_certificate(out, certificate, about, _pictures(target, certificate))

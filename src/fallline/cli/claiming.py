@@ -141,7 +141,7 @@ def _bars(name: str, quiet: bool) -> Generator[Track]:
     from rich.progress import Progress as RichProgress
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = RichProgress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+    shown = RichProgress(*columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False)
     with shown, redirect_stderr(_NoTerminal(sys.stderr)):
 
         def track(items: Iterable[Any], what: str) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from ..core.errors import InputError, check_choice, check_count
 from ..core.race import Race
 from ..core.race import race as run_race
+from ..core.records import environment
 from ..core.solver import Solver
 from ..core.status import Ending
 from ..report import folder as reports
@@ -105,7 +106,7 @@ def race(
     if out is not None:
         write_race(out, result, about)
     if json:
-        print_json({**about, "table": [row_of(row) for row in result.table()], **reports.environment()})
+        print_json({**about, "table": [row_of(row) for row in result.table()], **environment()})
     elif not quiet:
         print(result)
         if out is not None:

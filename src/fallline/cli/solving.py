@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from ..core.checkpoint import Checkpoint, CheckpointError
 from ..core.errors import InputError
 from ..core.loop import minimize
-from ..core.records import write_json
+from ..core.records import environment, write_json
 from ..core.solution import Solution
 from ..core.status import Ending
 from ..core.stopping import gradient_norm
@@ -218,7 +218,7 @@ def _run(call: _Call, checkpoint: Path | None, json: bool, quiet: bool) -> int:
     if call.out is not None:
         reports.write_run(Path(call.out), solution, start, about)
     if json:
-        print_json({**about, **reports.summary(solution), **reports.environment()})
+        print_json({**about, **reports.summary(solution), **environment()})
     elif not quiet:
         print(solution)
         print_measured(about["measure"])

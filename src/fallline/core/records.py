@@ -29,7 +29,8 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     device = jax.devices()[0]
-    return {"versions": versions, "device": f"{device.platform}: {device.device_kind}"}
+    kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
+    return {"versions": versions, "device": f"{device.platform}{kind}"}
 
 
 def plain(content: Any) -> Any:

@@ -14,29 +14,25 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from ..core.certificate import Certificate, Verdict
 from ..core.errors import InputError
-from ..core.records import write_json
+from ..core.records import environment, write_json
 from ..core.solution import Solution
 from ..landscape.certify import escape
 from . import figures
 from .page import Section, write_page
 from .points import save_point
 
-__all__ = ["check_folder", "environment", "read_run", "write_certificate", "write_run"]
+__all__ = ["check_folder", "read_run", "summary", "write_certificate", "write_run"]
 
-_PACKAGES = ("fallline", "jax", "jaxlib", "equinox", "optax", "numpy")
 _OF_CERTIFICATE = ("certificate.json", "direction.npz", "escape.npz", "direction.svg")
 
 
@@ -65,19 +61,6 @@ def _kept_in(folder: Path) -> Any:
         return read_run(folder).get("checkpoint")
     except InputError:
         return None
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the device, as they bear on the numbers."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
-    kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
-    return {"versions": versions, "device": f"{device.platform}{kind}"}
 
 
 def summary(solution: Solution) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import numpy as np
 
 from ..core.calls import COST
 from ..core.race import COLUMNS, Race, Row
-from ..core.records import write_json
+from ..core.records import environment, write_json
 from . import figures
-from .folder import environment
 from .page import Section, write_page
 
 __all__ = ["row_of", "write_race"]
