@@ -105,6 +105,20 @@ def test_a_method_that_is_named_twice_is_measured_once(run, claims):
     assert measured == [Scale.SMALL]
 
 
+def test_the_sources_are_read_before_the_run(run, claims):
+    """An edit while it runs does not pass for what was measured."""
+    read = []
+
+    def measure(instance, track):
+        read.append(module._read.cache_info().currsize)
+        return {"value": 0.5, "curve": [1.0]}
+
+    claims(claim(measure=measure))
+    module._read.cache_clear()
+    assert run("claim", "diffgrad", "--quiet").code == 0
+    assert read == [module._read.cache_info().currsize] and read[0] > 10
+
+
 def test_reports_go_to_a_folder_for_each_method(run, claims, folder):
     claims(claim(), claim("two", draw=None, value=2.0))
     code, out, _ = run("claim", "diffgrad", "perturbed-gradient-descent", "--out", "r")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..claims.claim import Claim, Finding, Scale, Track, Verdict
 from ..claims.claim import run as run_claim
-from ..claims.evidence import claims_of, evidence
+from ..claims.evidence import claims_of, evidence, source_hash
 from ..core.errors import InputError
 from ..core.records import write_json
 from ..core.registry import Entry, entry
@@ -58,6 +58,8 @@ def claim(
     if out is not None:
         for row in rows:
             check_folder(out / row.id)
+    for row in rows:
+        source_hash(row.claim)  # reads the sources while they are what runs; they are read once in a process
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         findings: list[Finding] = []
