@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fallline import Calls, Checkpoint, Ending, InputError, Problem, Solver, minimize
+from fallline.claims.claim import Scale
+from fallline.claims.evidence import claims_of
 from fallline.core import chunk, loop
 from fallline.core.program import Static
+from fallline.core.registry import Entry
 from fallline.core.solver import with_array_numbers
 
 Tick = Callable[[str], None]
@@ -292,6 +295,22 @@ def a_resumed_run_is_the_unbroken_one(case: Case, folder: Path) -> None:
         raise Failure("a resumed run ends elsewhere: everything that a step needs belongs in the state")
     if whole.calls.as_dict() != resumed.calls.as_dict():
         raise Failure("a resumed run has another account of calls")
+
+
+def claims_are_complete(row: Entry) -> None:
+    """Every method brings claims, each with all of its fields and a number of seeds for every scale."""
+    try:
+        claims = claims_of(row)
+    except ModuleNotFoundError:
+        claims = ()
+    if not claims:
+        raise Failure(f"{row.id} has no claim: write `CLAIMS` in {row.claim}")
+    if len({claim.name for claim in claims}) < len(claims):
+        raise Failure(f"two claims of {row.id} have the same name")
+    for claim in claims:
+        said = (claim.statement, claim.refuted_by, claim.source, claim.tolerance, claim.control)
+        if not all(words.strip() for words in said) or set(claim.seeds) != set(Scale):
+            raise Failure(f"the claim {claim.name} of {row.id} has an empty field, or no seeds for a scale")
 
 
 def counted(fn: Callable[[Any], Any], tick: Tick | None) -> Problem:

@@ -8,9 +8,8 @@ import jax
 import pytest
 
 from conformance.cases import CASES
-from conformance.checks import CHECKS, a_resumed_run_is_the_unbroken_one
-from fallline.claims.claim import KINDS as CLAIM_KINDS
-from fallline.claims.claim import Claim, Scale, Verdict, run
+from conformance.checks import CHECKS, a_resumed_run_is_the_unbroken_one, claims_are_complete
+from fallline.claims.claim import Scale, Verdict, run
 from fallline.claims.evidence import claims_of, committed
 from fallline.core.registry import KINDS, catalog
 
@@ -53,15 +52,7 @@ def test_the_row_is_complete_and_everything_has_the_name_of_the_method(name):
 
 @pytest.mark.parametrize("name", catalog())
 def test_the_claims_are_complete(name):
-    row = catalog()[name]
-    claims = claims_of(row)
-    assert claims, f"{name}: no claim in {row.claim}"
-    assert len({claim.name for claim in claims}) == len(claims)
-    for claim in claims:
-        assert isinstance(claim, Claim) and claim.kind in CLAIM_KINDS
-        for said in (claim.statement, claim.refuted_by, claim.source, claim.tolerance, claim.control):
-            assert said.strip(), f"{name}, {claim.name}: an empty field"
-        assert set(claim.seeds) == set(Scale)
+    claims_are_complete(catalog()[name])
 
 
 @pytest.mark.parametrize(
