@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +89,12 @@ def test_solvers_keys_and_starts_make_a_grid(x64):
             assert int(swept.steps[i, j]) == int(alone.steps)
     assert fl.sweep(saddle, start, solvers[0], keys=[3], steps=5).x.shape == (1, 2)
     assert fl.sweep(saddle, np.ones(2), solvers[0], keys=[3, 4], steps=5).x.shape == (2, 2)
+
+
+def test_a_callable_model_is_a_point(x64):
+    model = eqx.nn.MLP(2, "scalar", 3, 1, key=jax.random.key(0))
+    swept = fl.sweep(lambda m: jnp.sum(m(jnp.ones(2)) ** 2), model, adams((1e-3, 1e-2)), steps=3, stop=None)
+    assert swept.x.layers[0].weight.shape == (2, 3, 2)
 
 
 def test_a_diverging_lane_stops_alone_at_its_last_finite_point(x64):

@@ -219,7 +219,8 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
     if rate is not None and not callable(rate) and np.ndim(rate) == 0:
         check_positive("learning_rate", rate)
     if not is_traced(options):
-        factory(**options)  # its own checks of numbers, which are arrays from here on
+        # Its own checks of numbers, which are arrays from here on; on the host, where nothing is compiled for them.
+        factory(**{k: np.asarray(v) if isinstance(v, jax.Array) and _is_number(v) else v for k, v in options.items()})
     static = _branched_on(factory, options)
     for name in static:
         if isinstance(options[name], jax.Array):

@@ -78,9 +78,10 @@ def sweep(
     seeds: list[Any] = [None] if keys is None else [check_key(key, "the sweep") for key in keys]
     if not seeds:
         raise InputError("keys", "none", "at least one seed or key")
-    if callable(x0) and keys is None:
+    of_a_key = callable(x0) and jax.tree_util.all_leaves([x0])  # a model may be callable too, but is made of leaves
+    if of_a_key and keys is None:
         raise InputError("keys", None, "seeds or keys: x0 is a function of a key")
-    starts = [x0(key) for key in seeds] if callable(x0) else [x0] * len(seeds)
+    starts: list[Any] = [x0(key) for key in seeds] if of_a_key else [x0] * len(seeds)
     first = prepare(problem, starts[0], rows[0], args, has_aux, steps, stop, seeds[0], record, every)
     if first.plan.keep_last:
         raise InputError("sweep", "a traced value", "a call outside jit and vmap; inside, vmap minimize itself")
@@ -233,11 +234,8 @@ class _Lanes:
             lanes(ending), lanes(steps), lanes(np.asarray(end.test)), self.setup.names, self.setup.solver.name
         )
         elapsed = time.perf_counter() - clock
-        rebuild = self.setup.rebuild
-        for _ in shape:
-            rebuild = jax.vmap(rebuild)
         return Solution(
-            rebuild(lanes(end.state.x)),
+            self.setup.rebuild(lanes(end.state.x)),
             lanes(end.point.value),
             lanes(end.point.norm),
             status,

@@ -85,8 +85,9 @@ def _draw_curves(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
         x = measured[curve.name]["x"]
         axis.plot([-1.0, x], [curve.fn(jnp.asarray(-1.0)), curve.fn(jnp.asarray(x))], "o", color="#1f5fa8")
         axis.annotate("start", (-1.0, float(curve.fn(jnp.asarray(-1.0)))), xytext=(6, 4), textcoords="offset points")
-        axis.annotate("end", (x, float(curve.fn(jnp.asarray(x)))), xytext=(6, -12), textcoords="offset points")
+        axis.annotate("end", (x, float(curve.fn(jnp.asarray(x)))), xytext=(6, 6), textcoords="offset points")
         axis.set(title=curve.name, xlabel="x")
+        axis.margins(y=0.1)
 
 
 def _plain(previous: Array, gradient: Array) -> Array:
