@@ -23,6 +23,7 @@ __all__ = [
     "check_fraction",
     "check_nonnegative",
     "check_positive",
+    "is_inside_jit",
     "is_traced",
 ]
 
@@ -47,6 +48,11 @@ class RunError(FalllineError, RuntimeError):
 def is_traced(tree: Any) -> bool:
     """Whether any leaf of ``tree`` is a JAX tracer, so that its value is not known on the host."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def is_inside_jit() -> bool:
+    """Whether what runs now is being traced by `jit`, where every operation gives a tracer."""
+    return is_traced(jax.device_put(np.float32(0)))
 
 
 def _number(argument: str, value: Any) -> float | None:

@@ -14,14 +14,13 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from . import trees
 from .calls import COST, Calls, cost_vector
 from .chunk import COUNTED, state_measures
-from .errors import InputError, check_positive, is_traced
+from .errors import InputError, check_positive, is_inside_jit, is_traced
 from .loop import minimize
 from .problem import Problem
 from .progress import Bar, Progress, interruptible
@@ -243,7 +242,7 @@ def race(
 
     **Raises:** `InputError` before anything is compiled where an argument cannot be used.
     """
-    if is_traced((x0, args, jnp.zeros(()))):  # inside jit every operation gives a tracer
+    if is_traced((x0, args)) or is_inside_jit():
         raise InputError("race", "a traced value", "a call outside jit and vmap")
     check_positive("cost", cost)
     weights = cost_vector(weights)

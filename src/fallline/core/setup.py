@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from . import trees
 from .chunk import COUNTED, MEASURED, Numbers, Plan, start
-from .errors import InputError, check_count, is_traced
+from .errors import InputError, check_count, is_inside_jit, is_traced
 from .problem import Objective, Problem, bind, check_needs
 from .solver import Solver, with_array_numbers
 from .stopping import StoppingRule
@@ -91,8 +91,7 @@ def prepare(
     numbers = with_array_numbers(Numbers(key, int(every), rules), dtype)
     solver = with_array_numbers(solver, dtype)
     names = tuple(rule.describe() for rule in rules)
-    # Inside jit every operation gives a tracer, whatever its operands.
-    inside = is_traced((x, bound, solver, numbers, jnp.zeros(())))
+    inside = is_traced((x, bound, solver, numbers)) or is_inside_jit()
     plan = Plan(tuple(record), random, keep_last=inside, each=every == 1)
     setup = Setup(bound, solver, numbers, plan, x, rebuild, int(steps), names)
     _check_record(setup)
