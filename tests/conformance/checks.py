@@ -265,9 +265,7 @@ def no_parameter_sized_copy(case: Case) -> None:
     plan = chunk.Plan(("value", "gradient_norm"), bool(solver.random or problem.random), keep_last=False, each=True)
     numbers = with_array_numbers(chunk.Numbers(jax.random.key(0) if plan.random else None, 1, ()), jnp.float32)
     leaves, static = Static.split((problem, solver, numbers))
-    carry, _ = jax.eval_shape(
-        lambda leaves, x: chunk.compiled_start(leaves, x, static=static, plan=plan, capacity=4), leaves, x
-    )
+    carry, _ = jax.eval_shape(lambda leaves, x: chunk.start(*static.join(leaves), x, plan, 4), leaves, x)
     compiled = chunk.compiled_advance.lower(
         carry, leaves, np.int32(5), np.int32(1), np.float32(0), static=static, plan=plan
     ).compile()
