@@ -74,9 +74,11 @@ def minimize(solver=None, a=A, x0=START, fn=wells, **options):
     return fl.minimize(fn, x0, solver or sgd(), args=(a,), **{"steps": 30, **options})
 
 
+RATE = jnp.asarray(np.float32(0.04))  # made here: making it compiles something itself
+
 SAME = {
     "step size": (lambda: minimize(sgd(learning_rate=0.06))),
-    "step size as an array": (lambda: minimize(sgd(learning_rate=jnp.float32(0.04)))),
+    "step size as an array": (lambda: minimize(sgd(learning_rate=RATE))),
     "step size in NumPy": (lambda: minimize(sgd(learning_rate=np.float64(0.03)))),
     "data": (lambda: minimize(a=2 * A)),
     "data on the device": (lambda: minimize(a=ON_DEVICE)),
