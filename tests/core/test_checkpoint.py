@@ -200,10 +200,12 @@ rows = np.random.default_rng(0).normal(size=(400, 300)).astype(np.float32)
 method, folder, out = sys.argv[1:]
 solver = {
     "adam": fl.optimizer(optax.adam, learning_rate=1e-4),
-    "perturbed": fl.perturbed_gradient_descent(1e-4, gradient_threshold=1.0, patience=500),
+    "perturbed": fl.perturbed_gradient_descent(
+        1e-5, radius=1e-4, gradient_threshold=1.0, decrease_threshold=1e-9, patience=500
+    ),  # slow, with a perturbation every 500 steps
 }[method]
 checkpoint = None if folder == "none" else fl.Checkpoint(folder, seconds=0.0)
-options = {"args": (rows,), "steps": 25_000, "stop": None, "key": 1, "every": 5}
+options = {"args": (rows,), "steps": 300_000, "stop": None, "key": 1, "every": 50}
 solution = fl.minimize(loss, np.zeros(300, np.float32), solver, checkpoint=checkpoint, **options)
 np.savez(out, x=solution.x, steps=solution.steps, **solution.history)
 """
