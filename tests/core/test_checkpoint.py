@@ -138,6 +138,19 @@ def test_a_diverging_run_diverges_again_at_the_same_step(tmp_path, x32, monkeypa
     assert int(second.steps) == int(whole.steps)
 
 
+def test_a_point_lost_at_the_step_limit_is_not_kept(tmp_path, x32):
+    """Step 4 takes the point past the edge, and nobody looks at it before the end."""
+
+    def loss(x, rows):
+        return -x + 0.0 * jnp.sqrt(3.5 - x) + 0.0 * rows
+
+    problem = fl.FiniteSum(loss, np.zeros(6, np.float32), 2)
+    solver = fl.optimizer(optax.sgd, learning_rate=1.0)
+    for steps in (4, 9):  # the second call goes on from what the first has kept
+        run = fl.minimize(problem, np.float32(0), solver, steps=steps, key=0, every=100, checkpoint=tmp_path / "run")
+        assert (run.status.ending, int(run.steps), float(run.x)) == (fl.Ending.DIVERGED, 4, 3.0)
+
+
 def test_two_checkpoints_are_kept_and_the_older_works_where_the_newer_is_damaged(tmp_path, x32, monkeypatch):
     monkeypatch.setattr(loop, "_CHUNK_SECONDS", 0.0)
     problem, x0, solver, _ = RUNS["adam"]

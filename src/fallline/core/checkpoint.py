@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from . import trees
 from .errors import FalllineError, InputError, check_nonnegative
 
 __all__ = ["Checkpoint", "CheckpointError", "Keeper", "digest", "read_arrays", "restore", "write_arrays"]
@@ -119,17 +120,13 @@ def _named(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def write_arrays(path: Path, tree: PyTree, about: Mapping[str, Any]) -> None:
     """Write the leaves of a pytree by their paths, with a header of plain values, atomically."""
     entries, blocks = [], []
     for name, leaf in _named(tree).items():
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        array = np.asarray(jax.random.key_data(leaf) if trees.is_key(leaf) else leaf)
         entries.append({"path": name, "dtype": str(array.dtype), "shape": list(array.shape)})
-        if _is_key(leaf):
+        if trees.is_key(leaf):
             entries[-1]["key"] = str(jax.random.key_impl(leaf))
         blocks.append(array.tobytes())
     header = json.dumps({"about": dict(about), "arrays": entries}).encode()
@@ -182,7 +179,7 @@ def restore(arrays: Mapping[str, Any], like: PyTree, prefix: str = "") -> PyTree
         if array is None or array.shape != leaf.shape or array.dtype != leaf.dtype:
             got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
             raise InputError("checkpoint", f"{got} for {name}", f"{leaf.dtype}{list(leaf.shape)}, as in this run")
-        return array if _is_key(leaf) else jnp.array(array)
+        return array if trees.is_key(leaf) else jnp.array(array)
 
     return jax.tree_util.tree_map_with_path(take, like)
 
@@ -193,7 +190,7 @@ def digest(tree: Any) -> str:
     total = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(structure)).encode())
     for leaf in leaves:
         if hasattr(leaf, "dtype"):
-            array = np.ascontiguousarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+            array = np.ascontiguousarray(jax.random.key_data(leaf) if trees.is_key(leaf) else leaf)
             total.update(f"{array.dtype}{array.shape}".encode())
             total.update(array.tobytes())
         else:

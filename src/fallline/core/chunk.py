@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "Point",
     "advance",
+    "compile_together",
     "compiled_advance",
     "compiled_finish",
     "compiled_start",
@@ -40,6 +42,7 @@ __all__ = [
     "encode",
     "finish",
     "has_aux",
+    "pace_of",
     "settle",
     "start",
     "state_measures",
@@ -304,6 +307,35 @@ def settle(problem: Problem, carry: Carry) -> End:
     calls = carry.state.calls + carry.extra + more
     state = eqx.tree_at(lambda s: s.x, carry.state, x)
     return End(state, point, aux, calls, jnp.where(lost, Ending.DIVERGED, ending), test)
+
+
+class Pace:
+    """What is remembered of two compiled programs: the seconds that a step took when they last ran."""
+
+    seconds: float | None = None
+
+
+@functools.lru_cache(maxsize=256)
+def pace_of(static: Static, plan: Plan, shapes: tuple[Any, ...]) -> Pace:
+    """The memory of the programs for these parts and shapes; new where they were never asked for."""
+    return Pace()
+
+
+def compile_together(leaves: list[Any], x: Any, *, static: Static, plan: Plan, capacity: int) -> None:
+    """Compile the start while the chunk is traced; the calls find both in JAX's own cache.
+
+    Only where the shapes say all: where an input is bound to a device the chunk's input is too.
+    """
+    if any(isinstance(leaf, jax.Array) and leaf.committed for leaf in jax.tree.leaves((leaves, x))):
+        return
+    start_program = _start_program(jax.default_backend() == "cpu")
+    lowered = start_program.lower(leaves, x, static=static, plan=plan, capacity=capacity)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lowered.compile).add_done_callback(Future.exception)  # the call meets it again
+        carry, _ = lowered.out_info
+        number, seconds = np.int32(0), np.zeros((), trees.real_dtype(x))
+        carry = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), carry)
+        compiled_advance.lower(carry, leaves, number, number, seconds, static=static, plan=plan).compile()
 
 
 def compiled_start(leaves: list[Any], x: Any, *, static: Static, plan: Plan, capacity: int) -> tuple[Carry, Array]:

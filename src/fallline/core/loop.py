@@ -19,18 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from . import trees
 from .calls import Calls
 from .checkpoint import Checkpoint, Keeper, digest, restore
 from .chunk import (
     Carry,
     Point,
     advance,
+    compile_together,
     compiled_advance,
     compiled_finish,
     compiled_start,
     decode,
     encode,
     has_aux,
+    pace_of,
     settle,
     start,
     state_measures,
@@ -178,17 +181,23 @@ class _Run:
         """The run in compiled chunks, with the host between them."""
         leaves, static = self.split
         every = int(self.numbers.every)
-        compiled_before, began = compile_clock.seconds, time.perf_counter()
-        carry, first = compiled_start(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
+        compiled_before = compile_clock.seconds
+        pace = pace_of(static, self.plan, trees.signature((leaves, self.x)))
+        if pace.seconds is None and self.steps:
+            compile_together(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
+        saved = None if keeper is None else keeper.load()
+
+        def begin() -> tuple[Carry, Array]:
+            carry, first = compiled_start(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
+            return carry if saved is None else restore(saved, carry, "['carry']"), first
+
+        carry, first = begin()
         records, spent = [np.asarray(first)[None]], 0.0
-        if keeper is not None and (saved := keeper.load()) is not None:
-            carry = restore(saved, carry, "['carry']")
+        if saved is not None:
             records, spent = [saved["['records']"]], float(saved["['seconds']"])
-        code, step, size = int(carry.watch.code), int(carry.step), 1
-        if compile_clock.seconds == compiled_before:  # the start is worth about one step
-            size = max(1, int(0.1 * _CHUNK_SECONDS / (time.perf_counter() - began)))
-        measured = state_measures(carry.state)
-        snapshot = _to_host(carry) if code <= Ending.RUNNING and self.steps else None
+        code, step = int(carry.watch.code), int(carry.step)
+        size = 1 if pace.seconds is None else max(1, int(_CHUNK_SECONDS / pace.seconds))
+        measured, snapshot, looks = state_measures(carry.state), None, Calls()
         snapshot_time = told = time.perf_counter()
         with interruptible() as interrupted, closing(Bar(self.solver.name, self.steps, progress)) as bar:
             while code <= Ending.RUNNING and step < self.steps:
@@ -201,7 +210,8 @@ class _Run:
                 reached, code = int(carry.step), int(carry.watch.code)
                 took = time.perf_counter() - compile_clock.seconds - began
                 records.append(np.array(carry.rows)[: reached // every + 1 - first_row])
-                size = max(1, min(100 * size, int(_CHUNK_SECONDS * (reached - step) / max(took, 1e-9))))
+                pace.seconds = max(took, 1e-9) / max(1, reached - step)
+                size = max(1, min(100 * size, int(_CHUNK_SECONDS / pace.seconds)))
                 step = reached
                 if code <= Ending.RUNNING and step < self.steps:
                     enough = False
@@ -213,19 +223,23 @@ class _Run:
                         code = encode(Ending.INTERRUPTED)
                     elif time.perf_counter() - snapshot_time > _SNAPSHOT_SECONDS and (measured or step % every == 0):
                         snapshot, snapshot_time = _to_host(carry), time.perf_counter()
-                if keeper is not None and code != encode(Ending.DIVERGED):
-                    over = code > Ending.RUNNING or step >= self.steps
-                    if over or keeper.is_due():
+                over = code > Ending.RUNNING or step >= self.steps
+                if keeper is not None and code != encode(Ending.DIVERGED) and (over or keeper.is_due()):
+                    sound = measured or step % every == 0
+                    if over and not sound:  # nobody has looked at this point
+                        seen_last, _, paid = self._finish(carry.state)
+                        sound, looks = _is_finite(seen_last), looks + paid
+                    if sound:
                         seconds = np.float64(time.perf_counter() - clock + spent)
                         keeper.save(step, {"carry": carry, "records": np.concatenate(records), "seconds": seconds})
 
-        account = [carry.state.calls, carry.extra]
+        account = [carry.state.calls, carry.extra, looks]
         point, aux, more = (None, None, Calls()) if code == encode(Ending.DIVERGED) else self._finish(carry.state)
         account.append(more)
         if point is None or not _is_finite(point):
             code = encode(Ending.DIVERGED)
-            if snapshot is not None:
-                carry, step = self._before_loss(snapshot, step)
+            if step and self.steps:
+                carry, step = self._before_loss(_to_host(begin()[0]) if snapshot is None else snapshot, step)
             point, aux, more = self._finish(carry.state)
             account.append(more)
         ending, test = decode(encode(Ending.STEP_LIMIT) if code <= Ending.RUNNING else code)
@@ -306,14 +320,10 @@ def _is_finite(point: Point) -> bool:
     return bool(np.isfinite(point.value) and np.isfinite(point.norm))
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _to_host(tree: Any) -> Any:
     """A copy in host memory that survives the donation of the original."""
     # A key of `jax.random` (an optimizer's own) has no NumPy form.
-    return jax.tree.map(lambda leaf: leaf.copy() if _is_key(leaf) else np.array(leaf), tree)
+    return jax.tree.map(lambda leaf: leaf.copy() if trees.is_key(leaf) else np.array(leaf), tree)
 
 
 def _to_device(tree: Any) -> Any:

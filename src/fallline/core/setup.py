@@ -8,7 +8,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -111,7 +110,7 @@ def check_key(key: Any, who: str) -> Any:
     if not isinstance(key, jax.Array):
         raise InputError("key", type(key).__name__, expected)
     given = trees.describe(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not trees.is_key(key):
         try:
             key = jax.random.wrap_key_data(key)
         except TypeError:

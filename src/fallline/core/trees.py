@@ -22,8 +22,10 @@ __all__ = [
     "flat_size",
     "flatten",
     "is_floating",
+    "is_key",
     "norm",
     "real_dtype",
+    "signature",
     "split",
     "unflatten",
 ]
@@ -57,6 +59,16 @@ def is_floating(leaf: Any) -> bool:
     if hasattr(leaf, "dtype"):
         return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
     return isinstance(leaf, float | complex)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds keys of `jax.random`."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def signature(tree: PyTree) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    """Shape and dtype of each leaf."""
+    return tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def _path(name: str, path: tuple) -> str:
