@@ -15,6 +15,9 @@ __all__ = [
     "dense",
     "extend_lanczos",
     "lanczos_gap",
+    "leading_eigenpairs",
+    "leading_eigenvector",
+    "leading_svd",
     "orthonormal_rows",
     "ritz_vector",
     "start_lanczos",
@@ -95,6 +98,63 @@ def tridiagonal_eigh(run: Lanczos) -> tuple[np.ndarray, np.ndarray, float]:
     off = np.asarray(run.offdiagonal, np.float64)[:k]
     values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off[: k - 1])
     return values, vectors, float(off[k - 1])
+
+
+def leading_eigenvector(
+    product: Callable[[Array], Array], start: Float[Array, " n"], steps: int
+) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+    """The largest eigenvalue (algebraically) and its vector, as `steps` Lanczos steps from a unit vector tell them.
+
+    Traceable. Two passes: nothing but a few vectors is held.
+    """
+    run = extend_lanczos(product, start_lanczos(start, steps), steps)
+    inside = jnp.arange(steps) < run.steps
+    off = jnp.where(inside[1:], run.offdiagonal[:-1], 0)
+    # Steps that were not taken get a value below all others.
+    below = jnp.min(run.diagonal) - 2 * jnp.max(jnp.abs(run.offdiagonal)) - jnp.max(jnp.abs(run.diagonal)) - 1
+    matrix = jnp.diag(jnp.where(inside, run.diagonal, below)) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values[-1], ritz_vector(product, start, vectors[:, -1], run.steps)
+
+
+def leading_eigenpairs(
+    product: Callable[[Array], Array], n: int, rank: int, key: Array, dtype: Any, sweeps: int = 20
+) -> tuple[Float[Array, " rank"], Float[Array, "n rank"]]:
+    """The `rank` largest eigenvalues (algebraically), in descending order, and their vectors as columns.
+
+    `product` takes blocks of shape (n, p). Subspace iteration with 2 `rank` + 10 random vectors, which hold the
+    largest eigenvalues of either sign, then Rayleigh–Ritz. Traceable.
+    """
+    width = min(n, 2 * rank + 10)
+    basis = jnp.linalg.qr(jax.random.normal(key, (n, width), dtype))[0]
+    basis = jax.lax.fori_loop(0, sweeps, lambda _, q: jnp.linalg.qr(product(q))[0], basis)
+    values, vectors = jnp.linalg.eigh(basis.T @ product(basis))
+    return values[::-1][:rank], basis @ vectors[:, ::-1][:, :rank]
+
+
+def leading_svd(
+    times: Callable[[Array], Array],
+    transposed: Callable[[Array], Array],
+    shape: tuple[int, ...],
+    rank: int,
+    key: Array,
+    dtype: Any,
+    sweeps: int = 20,
+) -> tuple[Float[Array, "n1 rank"], Float[Array, " rank"], Float[Array, "n2 rank"]]:
+    """The `rank` largest singular values, in descending order, with their vectors as columns: U, σ, V.
+
+    `times` takes blocks of shape (n2, p), `transposed` of shape (n1, p). Randomized subspace iteration (Halko,
+    Martinsson and Tropp 2011, Algorithm 4.4) with 10 more vectors than asked for. Traceable.
+    """
+    width = min(*shape, rank + 10)
+    right = jnp.linalg.qr(jax.random.normal(key, (shape[1], width), dtype))[0]
+
+    def sweep(_: Any, right: Array) -> Array:
+        return jnp.linalg.qr(transposed(jnp.linalg.qr(times(right))[0]))[0]
+
+    right = jax.lax.fori_loop(0, sweeps, sweep, right)
+    u, values, vt = jnp.linalg.svd(times(right), full_matrices=False)
+    return u[:, :rank], values[:rank], right @ vt.T[:, :rank]
 
 
 def lanczos_gap(n: int, steps: int, failure_probability: float) -> float:

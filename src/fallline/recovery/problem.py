@@ -1,0 +1,123 @@
+"""The recovery problem: a loss between the measurements of a structured signal and the data.
+
+    f(x) = ( loss(A(signal(x)), y) / gain + penalty(x) ) / unit
+
+`gain`, the mean eigenvalue of A*A, and `unit`, the size of the data, make the curvature at the solution of order 1:
+a step size of the papers, which scale theirs by λ₀² = mean(y) or σ₁, is a plain number here, and any Optax
+transformation has a data-scaled step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ..core import trees
+from ..core.errors import InputError, is_traced
+from ..core.problem import Problem
+from .losses import Loss, Squared
+from .operators import Operator, as_operator
+from .structures import Structure, Vector
+
+__all__ = ["Recovery"]
+
+
+class Recovery(Problem):
+    """A signal from its measurements; the point is what the structure says.
+
+    **Arguments:**
+    - `op`: an `Operator`, a matrix of shape (m, n), or a Lineax operator.
+    - `y`: real data of the operator's `out_shape`: intensities for phaseless losses.
+    - `structure`: what the signal is; any vector by default.
+    - `loss`: `Squared()` by default.
+
+    Offers the oracle `measurements`: methods that ask for it find `op`, `y`, `structure` and `loss`.
+
+    **Raises:** `InputError` for data of another shape, not finite, negative where they are intensities, or all zero.
+    """
+
+    oracles: ClassVar[frozenset[str]] = Problem.oracles | {"measurements"}
+
+    op: Operator
+    y: Array
+    structure: Structure
+    loss: Loss
+    gain: Any
+    unit: Any
+
+    def __init__(self, op: Any, y: Any, structure: Structure | None = None, loss: Loss | None = None):
+        self.op, self.structure, self.loss = as_operator(op), structure or Vector(), loss or Squared()
+        self.structure.check(self.op)
+        _check_data(y, self.op, self.loss)
+        self.y = y
+        self.gain = self.op.gain.astype(trees.real_dtype(y))
+        own = self.loss.unit(jnp.asarray(y), self.op.count)
+        squared = isinstance(self.loss, Squared)
+        self.unit = jnp.asarray(self.structure.unit(self.op, y) if squared else own, trees.real_dtype(y))
+
+    def _relative(self, x: PyTree, u: Array) -> Array:
+        """√n |uᵢ| / (‖aᵢ‖ ‖x‖)."""
+        whole = jnp.sqrt(self.op.squared_row_norms()) * trees.norm(x)
+        return jnp.sqrt(float(self.op.size)) * jnp.abs(u) / jnp.where(whole > 0, whole, 1)
+
+    def value(self, x: PyTree) -> Float[Array, ""]:
+        u = self.structure.measure(self.op, x)
+        loss = self.loss.value(u, self.y, self._relative(x, u)) / self.gain
+        return ((loss + self.structure.penalty(x)[0]) / self.unit).astype(trees.real_dtype(x))
+
+    def value_and_gradient(self, x: PyTree) -> tuple[Float[Array, ""], PyTree]:
+        """Value and gradient: one product with A and one with A*. The weights of the loss are held fixed."""
+        u = self.structure.measure(self.op, x)
+        relative = self._relative(x, u)
+        value = self.loss.value(u, self.y, relative) / self.gain
+        scale = (self.gain * self.unit).astype(trees.real_dtype(x))
+        gradient = self.structure.pull(self.op, x, self.loss.dual(u, self.y, relative) / scale)
+        extra, slope = self.structure.penalty(x)
+        if slope is not None:
+            gradient = jax.tree.map(lambda g, s: g + s / self.unit, gradient, slope)
+        gradient = jax.tree.map(lambda g, a: g.astype(a.dtype), gradient, x)
+        return ((value + extra) / self.unit).astype(trees.real_dtype(x)), gradient
+
+    @property
+    def lower_bound(self) -> float | None:
+        return 0.0 if self.loss.bounded else None
+
+    def symmetry(self, x: PyTree) -> PyTree | None:
+        return self.structure.tangents(x, self.loss.phaseless)
+
+    def distance(self, x: PyTree, truth: PyTree) -> Float[Array, ""]:
+        """How far the signal of `x` is from that of `truth`, relative to it and modulo the ambiguity."""
+        return self.structure.distance(x, truth, self.loss.phaseless)
+
+    @property
+    def scale(self) -> Any:
+        """The size of a point that solves it: `radius` for a vector, √σ₁ for factors."""
+        return self.radius if isinstance(self.structure, Vector) else jnp.sqrt(self.unit)
+
+    @property
+    def radius(self) -> Float[Array, ""]:
+        """The norm of the signal as its intensities tell it: √(Σ y / gain)."""
+        return jnp.sqrt(jnp.sum(jnp.abs(self.y)) / self.gain)
+
+
+def _check_data(y: Any, op: Operator, loss: Loss) -> None:
+    if not hasattr(y, "dtype") or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise InputError("y", trees.describe(y), "a real floating array")
+    if tuple(np.shape(y)) != tuple(op.out_shape):
+        raise InputError("y", trees.describe(y), f"the shape of the operator's measurements, {op.out_shape}")
+    trees.check_width("y", y)
+    if is_traced(y):
+        return
+    data = np.asarray(y)
+    if not np.all(np.isfinite(data)):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(data))[0])
+        raise InputError("y", f"{data[where]} at {list(where)}", "finite numbers; leave out what was not measured")
+    if loss.phaseless and np.any(data < 0):
+        where = tuple(int(i) for i in np.argwhere(data < 0)[0])
+        raise InputError("y", f"{data[where]:g} at {list(where)}", "intensities, which are never negative")
+    if not np.any(data):
+        raise InputError("y", "all zeros", "data of a signal other than 0")
