@@ -16,7 +16,7 @@ from fallline.cli.target import choose_solver, optax_factories
 # The built-in problems with the options that their documentation names.
 PROBLEMS = {
     "linear-autoencoder": {"rank": 10, "scale": 0.1},
-    "phase-retrieval": {"measurements": 500, "dimension": 50, "seed": 0},
+    "gaussian-phase-retrieval": {"measurements": 500, "dimension": 50, "seed": 0},
     "rosenbrock": {"dimension": 10},
     "saddle": {"dimension": 20, "curvature": 1.0},
     "tanh-classifier": {"hidden": 8, "weight_decay": 1e-3},

@@ -119,7 +119,7 @@ BUILT_IN = {
     "saddle": (("dimension=5",), saddle, -0.2499),
     "rosenbrock": (("dimension=3",), lambda x: rosen(x["x"]), 8.0),
     "linear-autoencoder": (("rank=2",), autoencoder, 4.0),
-    "phase-retrieval": (("measurements=40", "dimension=4", "seed=3"), phase, 0.1),
+    "gaussian-phase-retrieval": (("measurements=40", "dimension=4", "seed=3"), phase, 0.1),
     "tanh-classifier": (("hidden=3", "weight_decay=0.01"), classifier, 2.0),
 }
 WITH = {
@@ -324,7 +324,7 @@ def test_a_diverging_run_leaves_a_report_that_can_be_read(run):
 
 REPEATED = {
     "random method": ("saddle", "--with", "perturbed-gradient-descent", "--set", "step_size=0.05", "--seed", 3),
-    "options": ("phase-retrieval", *SGD, "--option", "dimension=4", "--option", "measurements=40", "--steps", 30),
+    "options": ("gaussian-phase-retrieval", *SGD, "--option", "dimension=4", "--option", "measurements=40", "--steps", 30),
     "narrow": ("rosenbrock", *SGD, "--precision", 32, "--steps", 30),
     "file": ("my files/bowl.py:bowl", *SGD, "--seed", 4, "--tolerance", "1e-5"),
     "init": ("rosenbrock", *SGD, "--init", "start.npz", "--steps", 30),

@@ -15,7 +15,7 @@ from fallline.problems import (
     instance,
     linear_autoencoder,
     options,
-    phase_retrieval,
+    gaussian_phase_retrieval,
     principal_components,
     rosenbrock,
     saddle,
@@ -218,7 +218,7 @@ def test_rosenbrock(x64):
 
 
 def test_phase_retrieval(x64):
-    built = phase_retrieval(40, 7, seed=3)
+    built = gaussian_phase_retrieval(40, 7, seed=3)
     generator = np.random.default_rng(3)
     signal = generator.standard_normal(7)
     signal /= np.linalg.norm(signal)
@@ -230,7 +230,7 @@ def test_phase_retrieval(x64):
         assert built.measure(sign * signal)["distance to ± the signal"] < 1e-15
     x = np.asarray(built.start(KEY))
     assert float(at(built.problem, x)[0]) == pytest.approx(np.sum(((rows @ x) ** 2 - (rows @ signal) ** 2) ** 2) / 160)
-    assert not np.array_equal(phase_retrieval(40, 7, seed=4).problem.args[0], rows)
+    assert not np.array_equal(gaussian_phase_retrieval(40, 7, seed=4).problem.args[0], rows)
     np.testing.assert_array_equal(built.problem.args[0], rows)
 
 
@@ -286,8 +286,8 @@ def test_a_widened_classifier_computes_the_same_function_and_cannot_grow_by_itse
 
 def test_options_are_found_by_name(x32):
     assert options("linear-autoencoder") == {"rank": 10, "scale": 0.1}
-    assert options("phase-retrieval") == {"measurements": 500, "dimension": 50, "seed": 0}
-    assert instance("phase_retrieval", dimension=3).start(KEY).shape == (3,)
+    assert options("gaussian-phase-retrieval") == {"measurements": 500, "dimension": 50, "seed": 0}
+    assert instance("gaussian_phase_retrieval", dimension=3).start(KEY).shape == (3,)
     assert instance("linear-autoencoder", rank=2, scale=1).start(KEY)["encode"].shape == (64, 2)
     deviations = [np.std(instance("linear-autoencoder", scale=s).start(KEY)["encode"]) for s in (0.1, 0.2)]
     assert deviations == pytest.approx([0.1, 0.2], rel=0.1)
@@ -305,9 +305,9 @@ def test_options_are_found_by_name(x32):
         (lambda: saddle(1), "^dimension: got 1; expected a whole number of at least 2"),
         (lambda: saddle(curvature=0.0), "^curvature: got 0.0; expected a finite number above 0"),
         (lambda: rosenbrock(1), "^dimension: got 1; expected a whole number of at least 2"),
-        (lambda: phase_retrieval(0), "^measurements: got 0"),
-        (lambda: phase_retrieval(dimension=0), "^dimension: got 0"),
-        (lambda: phase_retrieval(seed=-1), "^seed: got -1; expected a whole number of at least 0"),
+        (lambda: gaussian_phase_retrieval(0), "^measurements: got 0"),
+        (lambda: gaussian_phase_retrieval(dimension=0), "^dimension: got 0"),
+        (lambda: gaussian_phase_retrieval(seed=-1), "^seed: got -1; expected a whole number of at least 0"),
         (lambda: linear_autoencoder(0), "^rank: got 0"),
         (lambda: linear_autoencoder(65), "^rank: got 65; expected at most 64"),
         (lambda: linear_autoencoder(scale=-0.1), "^scale: got -0.1"),

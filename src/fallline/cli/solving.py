@@ -18,8 +18,9 @@ from ..core.errors import InputError
 from ..core.loop import minimize
 from ..core.records import environment, write_json
 from ..core.solution import Solution
+from ..core.solver import Solver
 from ..core.status import Ending
-from ..core.stopping import gradient_norm
+from ..core.stopping import StoppingRule, gradient_norm
 from ..report import folder as reports
 from .app import (
     EXIT,
@@ -34,7 +35,7 @@ from .app import (
     print_measured,
     use_precision,
 )
-from .target import choose_solver, find_problem, parse_settings, usable_options
+from .target import Target, choose_solver, find_problem, parse_settings, usable_options
 
 _KEPT = "solve.json"
 _FORMAT = 1
@@ -45,7 +46,7 @@ class _Call:
     """A call of `solve`: everything that decides its result, and where its report goes."""
 
     problem: str
-    solver: str
+    solver: str | None
     set: tuple[str, ...]
     option: tuple[str, ...]
     steps: int
@@ -61,8 +62,9 @@ def solve(
     problem: str,
     /,
     *,
-    with_: Annotated[str, Parameter(name="--with")],
+    with_: Annotated[str | None, Parameter(name="--with")] = None,
     set_: Settings = (),
+    data: Path | None = None,
     option: Options = (),
     steps: int = 10_000,
     tolerance: float | None = None,
@@ -82,9 +84,12 @@ def solve(
         A built-in problem, or `file.py:function` for a function of yours; `x0` in the same file, an
         array, a pytree of arrays or a function of a key, is where it starts.
     with_
-        A method that `list` shows, or an optimizer of Optax: `adam`, `lbfgs`, …
+        A method that `list` shows, or an optimizer of Optax: `adam`, `lbfgs`, … Some built-in problems
+        have one of their own.
     set_
         NAME=VALUE, a number or an option of the solver; again for each.
+    data
+        A file of yours for a built-in problem that takes one, as its option `data` says.
     option
         NAME=VALUE, an option of a built-in problem; again for each.
     steps
@@ -107,6 +112,8 @@ def solve(
         Print nothing but errors.
     """
     check_seed(seed)
+    if data is not None:
+        option = (*option, f"data={data.resolve()}")
     names = [None if path is None else str(path) for path in (init, out)]
     call = _Call(problem, with_, set_, option, steps, tolerance, names[0], seed, precision, names[1])
     if out is not None:
@@ -183,11 +190,10 @@ def _run(call: _Call, checkpoint: Path | None, json: bool, quiet: bool) -> int:
     use_precision(call.precision)
     target = find_problem(call.problem, parse_settings("--option", call.option))
     chosen = parse_settings("--set", call.set)
-    solver = choose_solver(call.solver, chosen, call.seed)
+    solver, stop = _method(call, target, chosen)
     start = target.starts(call.init)(jax.random.key(call.seed))
-    stop = "auto" if call.tolerance is None else gradient_norm(call.tolerance)
     try:
-        with _kept(checkpoint, call), usable_options(call.solver, call.set):
+        with _kept(checkpoint, call), usable_options(solver.name, call.set):
             solution = minimize(
                 target.problem,
                 start,
@@ -206,7 +212,7 @@ def _run(call: _Call, checkpoint: Path | None, json: bool, quiet: bool) -> int:
     about = {
         "command": _command(call),
         "problem": target.about(),
-        "solver": {"name": call.solver, "options": chosen},
+        "solver": {"name": call.solver or solver.name, "options": chosen},
         "steps": call.steps,
         "tolerance": call.tolerance,
         "seed": call.seed,
@@ -216,7 +222,8 @@ def _run(call: _Call, checkpoint: Path | None, json: bool, quiet: bool) -> int:
         "measure": target.measure(solution.x),
     }
     if call.out is not None:
-        reports.write_run(Path(call.out), solution, start, about)
+        pictures = {} if target.view is None else target.view(start, solution.x)
+        reports.write_run(Path(call.out), solution, start, about, pictures)
     if json:
         print_json({**about, **reports.summary(solution), **environment()})
     elif not quiet:
@@ -227,6 +234,21 @@ def _run(call: _Call, checkpoint: Path | None, json: bool, quiet: bool) -> int:
         if not solution.status.converged:
             print(f"fallline: {solution.status.name}: {_advice(solution, checkpoint)}", file=sys.stderr)
     return EXIT.get(solution.status.ending, NOT_CONVERGED)
+
+
+def _method(call: _Call, target: Target, chosen: dict[str, Any]) -> tuple[Solver, StoppingRule | str]:
+    """The solver that was named, or the problem's own, and where it stops."""
+    if call.solver is not None:
+        solver, stop = choose_solver(call.solver, chosen, call.seed), "auto"
+    elif target.solver is None:
+        raise InputError("--with", "nothing", f"a method or an optimizer: {target.name} has none of its own")
+    elif chosen:
+        raise InputError("--set", ", ".join(chosen), "none without --with: they are options of a solver")
+    else:
+        solver, stop = target.solver, "auto"
+    if target.stop is not None:
+        stop = target.stop
+    return solver, stop if call.tolerance is None else gradient_norm(call.tolerance)
 
 
 @contextlib.contextmanager

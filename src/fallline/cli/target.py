@@ -23,6 +23,7 @@ from ..core.optimizer import optimizer
 from ..core.problem import Problem
 from ..core.registry import catalog
 from ..core.solver import Solver
+from ..core.stopping import StoppingRule
 from ..problems import PROBLEMS, Instance, instance, options
 from ..report.points import load_point
 
@@ -38,7 +39,7 @@ __all__ = [
 
 _OPTAX = str(Path(optax.__file__).parent)
 # What `--with` takes, of the catalog's kinds.
-_SOLVERS = ("transformation", "solver", "round", "driver")
+_SOLVERS = ("transformation", "solver", "round")
 # The first three ask for what a command line cannot give: gradients of single examples, another
 # optimizer, a function. The last one is deprecated.
 _UNUSABLE = {"dpsgd", "schedule_free", "sophia", "optimistic_adam"}
@@ -56,6 +57,9 @@ class Target:
     answer: str
     measure: Callable[[PyTree], Mapping[str, float]]
     draw: Callable[[PyTree], Mapping[str, Any]]
+    view: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None
+    solver: Solver | None = None
+    stop: StoppingRule | None = None
 
     def start(self, key: Array) -> PyTree | None:
         """The starting point that the problem itself has, if it has one."""
@@ -141,7 +145,8 @@ def find_problem(name: str, chosen: Mapping[str, Any]) -> Target:
 
 
 def _target(name: str, chosen: Mapping[str, Any], made: Instance) -> Target:
-    return Target(name, chosen, made.problem, made.start, made.description, made.answer, made.measure, made.draw)
+    fields = (made.problem, made.start, made.description, made.answer, made.measure, made.draw)
+    return Target(name, chosen, *fields, made.view, made.solver, made.stop)
 
 
 def _from_file(name: str) -> Target:

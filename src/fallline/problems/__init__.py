@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.errors import InputError, check_choice
+from .coded_diffraction import coded_diffraction
 from .digits import as_image, leading_pattern
+from .gaussian_phase_retrieval import gaussian_phase_retrieval
 from .instance import Images, Instance
 from .linear_autoencoder import linear_autoencoder, principal_components, widen_autoencoder
-from .phase_retrieval import phase_retrieval
 from .rosenbrock import rosenbrock
 from .saddle import saddle
 from .tanh_classifier import tanh_classifier, widen_classifier
@@ -20,11 +21,12 @@ __all__ = [
     "Images",
     "Instance",
     "as_image",
+    "coded_diffraction",
     "instance",
     "leading_pattern",
     "linear_autoencoder",
     "options",
-    "phase_retrieval",
+    "gaussian_phase_retrieval",
     "principal_components",
     "rosenbrock",
     "saddle",
@@ -34,8 +36,9 @@ __all__ = [
 ]
 
 PROBLEMS: dict[str, Callable[..., Instance]] = {
+    "coded-diffraction": coded_diffraction,
     "linear-autoencoder": linear_autoencoder,
-    "phase-retrieval": phase_retrieval,
+    "gaussian-phase-retrieval": gaussian_phase_retrieval,
     "rosenbrock": rosenbrock,
     "saddle": saddle,
     "tanh-classifier": tanh_classifier,

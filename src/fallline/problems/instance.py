@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..core.problem import Problem
+from ..core.solver import Solver
+from ..core.stopping import StoppingRule
 
 __all__ = ["Images", "Instance", "real"]
 
@@ -32,6 +34,8 @@ class Instance:
     - `answer`: what is known of the solution, in words.
     - `measure`: `x -> {name: number}`, how far a point is from that answer, or what it is good for.
     - `draw`: `direction -> {title: image}`, for directions that can be looked at; empty otherwise.
+    - `view`: `(start, x) -> {title: image}`, for points that can be looked at.
+    - `solver`, `stop`: the problem's own method and stopping rule, for whoever names none.
     """
 
     problem: Problem
@@ -40,6 +44,9 @@ class Instance:
     answer: str
     measure: Callable[[PyTree], Mapping[str, float]] = _nothing
     draw: Callable[[PyTree], Images] = _nothing
+    view: Callable[[PyTree, PyTree], Images] | None = None
+    solver: Solver | None = None
+    stop: StoppingRule | None = None
 
 
 def real(array: Any) -> Float[np.ndarray, ...]:

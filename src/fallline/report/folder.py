@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,16 @@ def summary(solution: Solution) -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, solution: Solution, start: PyTree, about: Mapping[str, Any]) -> None:
+def write_run(
+    folder: Path,
+    solution: Solution,
+    start: PyTree,
+    about: Mapping[str, Any],
+    pictures: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write a run into a folder that is empty, or its own from before it was resumed.
 
-    `about` says what was run (`problem`, `solver`, `command`, …).
+    `about` says what was run (`problem`, `solver`, `command`, …); `pictures` are images of its points by title.
     """
     for name in _OF_CERTIFICATE:  # of the point where the run was interrupted
         (folder / name).unlink(missing_ok=True)
@@ -94,6 +101,8 @@ def write_run(folder: Path, solution: Solution, start: PyTree, about: Mapping[st
     bound = about["problem"].get("lower_bound")
     if len(solution.history["step"]) > 1:
         (folder / "history.svg").write_text(figures.history(solution.history, bound), encoding="utf-8")
+    if pictures:
+        (folder / "pictures.svg").write_text(figures.photographs(pictures), encoding="utf-8")
     write_json(folder / "run.json", {**about, **summary(solution), **environment()})
     _write_folder_page(folder)
 
@@ -134,6 +143,7 @@ def _write_folder_page(folder: Path) -> None:
         by = f" by {run['status']['by']}" if run["status"]["by"] else ""
         lead = f"{run['status']['name'].capitalize()}{by} at step {run['status']['step']}."
         sections.append(_ending_of(run))
+        sections += _figure(folder, "Pictures", "pictures.svg", "Where the run started, and where it ended.")
         sections += _figure(folder, "History", "history.svg", "Every record of the run, by step.")
     if certificate:
         lead = f"{lead} {certificate['verdict'].capitalize()}: {certificate['reason']}.".strip()

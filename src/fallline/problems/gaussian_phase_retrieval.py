@@ -19,7 +19,7 @@ from ..core.errors import check_count
 from ..core.problem import Objective
 from .instance import Instance, real
 
-__all__ = ["phase_retrieval"]
+__all__ = ["gaussian_phase_retrieval"]
 
 
 def _intensity_loss(
@@ -28,7 +28,7 @@ def _intensity_loss(
     return jnp.mean(((rows @ x) ** 2 - intensities) ** 2) / 4
 
 
-def phase_retrieval(measurements: int = 500, dimension: int = 50, seed: int = 0) -> Instance:
+def gaussian_phase_retrieval(measurements: int = 500, dimension: int = 50, seed: int = 0) -> Instance:
     """A unit Gaussian signal in `dimension` coordinates, `measurements` exact intensities of it.
 
     **Arguments:** `seed` draws signal and measurements; the start has a key of its own.

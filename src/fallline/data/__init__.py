@@ -1,0 +1,1 @@
+"""Files of the user's, and data that installed packages carry."""
