@@ -28,6 +28,9 @@ from .landscape.exponential_linear_nets import (
     exponential_linear_nets,
     initial_factors,
 )
+from .recovery.problem import Recovery
+from .recovery.recover import recover
+from .recovery.random_init_phase_retrieval import random_init_phase_retrieval
 
 __version__ = "0.1.0"
 
@@ -49,6 +52,7 @@ __all__ = [
     "Problem",
     "Progress",
     "Race",
+    "Recovery",
     "RunError",
     "Solution",
     "Solver",
@@ -75,6 +79,8 @@ __all__ = [
     "perturbed_gradient_descent",
     "power_k_means",
     "race",
+    "recover",
+    "random_init_phase_retrieval",
     "residual",
     "scale_by_diffgrad",
     "sweep",

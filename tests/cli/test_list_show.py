@@ -15,7 +15,9 @@ from fallline.cli.target import choose_solver, optax_factories
 
 # The built-in problems with the options that their documentation names.
 PROBLEMS = {
+    "coded-diffraction": {"data": None, "loss": "truncated-amplitude", "patterns": 12, "seed": 0},
     "linear-autoencoder": {"rank": 10, "scale": 0.1},
+    "missing-entries": {"data": None, "rank": 3, "known": 0.2, "held_out": 0.1, "seed": 0},
     "gaussian-phase-retrieval": {"measurements": 500, "dimension": 50, "seed": 0},
     "rosenbrock": {"dimension": 10},
     "saddle": {"dimension": 20, "curvature": 1.0},

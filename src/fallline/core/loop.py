@@ -184,7 +184,8 @@ class _Run:
         compiled_before = compile_clock.seconds
         pace = pace_of(static, self.plan, trees.signature((leaves, self.x)))
         if pace.seconds is None and self.steps:
-            compile_together(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
+            with compile_clock.together():
+                compile_together(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
         saved = None if keeper is None else keeper.load()
 
         def begin() -> tuple[Carry, Array]:

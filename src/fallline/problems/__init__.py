@@ -12,6 +12,7 @@ from .digits import as_image, leading_pattern
 from .gaussian_phase_retrieval import gaussian_phase_retrieval
 from .instance import Images, Instance
 from .linear_autoencoder import linear_autoencoder, principal_components, widen_autoencoder
+from .missing_entries import missing_entries
 from .rosenbrock import rosenbrock
 from .saddle import saddle
 from .tanh_classifier import tanh_classifier, widen_classifier
@@ -24,6 +25,7 @@ __all__ = [
     "coded_diffraction",
     "instance",
     "leading_pattern",
+    "missing_entries",
     "linear_autoencoder",
     "options",
     "gaussian_phase_retrieval",
@@ -39,6 +41,7 @@ PROBLEMS: dict[str, Callable[..., Instance]] = {
     "coded-diffraction": coded_diffraction,
     "linear-autoencoder": linear_autoencoder,
     "gaussian-phase-retrieval": gaussian_phase_retrieval,
+    "missing-entries": missing_entries,
     "rosenbrock": rosenbrock,
     "saddle": saddle,
     "tanh-classifier": tanh_classifier,
