@@ -31,6 +31,7 @@ from ..core import trees
 from ..core.calls import Calls
 from ..core.errors import InputError, check_count
 from ..core.problem import Problem
+from ..core.setup import check_key
 from ..core.solver import GRADIENT, Solver, State
 from ..core.stopping import StoppingRule
 
@@ -168,7 +169,7 @@ def k_means_plus_plus(key: Array | int, data: Any, k: int) -> Float[Array, "k d"
     check_count("k", k, 1)
     if k > len(data):
         raise InputError("k", k, f"at most the number of points, {len(data)}")
-    return _draw_seeds(jax.random.key(key) if isinstance(key, int | np.integer) else key, jnp.asarray(data), k=int(k))
+    return _draw_seeds(check_key(key, "k-means++"), jnp.asarray(data), k=int(k))
 
 
 @functools.partial(jax.jit, static_argnames="k")

@@ -30,6 +30,7 @@ from ..core.calls import Calls
 from ..core.certificate import Certificate, Verdict
 from ..core.errors import InputError, check_count, check_positive, is_traced
 from ..core.problem import Problem, bind
+from ..core.setup import check_key
 from ..parts.linalg import orthonormal_rows
 from ..parts.sampling import unit_vector
 from .spectrum import dense_spectrum, hessian_scale, lanczos_spectrum, with_problem
@@ -114,7 +115,7 @@ def certify(
     is_dense = n <= min(DENSE_LIMIT, max_hvp)
     if key is None and not is_dense:
         raise InputError("key", None, f"a key or a seed: with {n} real coordinates Lanczos starts at random")
-    key = jax.random.key(0 if key is None else key) if key is None or isinstance(key, int) else key
+    key = check_key(0 if key is None else key, "the certificate")
 
     value, gradient, x_norm = _first_order(problem, point)
     value, gradient_norm = float(value), float(np.linalg.norm(np.asarray(gradient, np.float64)))
