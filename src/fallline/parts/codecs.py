@@ -1,0 +1,224 @@
+"""Codecs: what a vector becomes on the wire, and what it is when it arrives.
+
+    payload = codec.encode(v, key=key)      arrays, packed: their bytes are what is sent
+    codec.decode(payload, n)                a vector of n numbers
+
+| codec      | payload                          | decoded                                              |
+|------------|----------------------------------|------------------------------------------------------|
+| `Plain`    | v                                | v                                                    |
+| `TopK`     | k indices, k values              | the k entries of largest magnitude; ties: lower index |
+| `RandomK`  | k indices, k values              | k entries, uniformly without replacement             |
+| `Signs`    | n bits, and a scale              | scale · sign(v), sign(0) = 1                         |
+| `QSGD`     | ⌈log₂(2s + 1)⌉ bits each, a norm | ‖v‖ sign(v) ξ/s, ξ the stochastic rounding of s|v|/‖v‖ |
+
+Bits are packed in planes: bit j of word w belongs to entry j W + w, with W words in all, so that packing and unpacking
+read and write whole stretches of memory.
+
+Sources: S. Stich, J.-B. Cordonnier and M. Jaggi, *Sparsified SGD with Memory* (2018), Definition 2.1 (top-k, random-k);
+H. Tang et al., *DoubleSqueeze* (2019), Section 5 (1-bit with the ℓ2 scale); S. P. Karimireddy et al., *Error Feedback
+Fixes SignSGD* (2019), Section 4 (the ℓ1 scale, which is always a contraction); D. Alistarh et al., *QSGD* (2017),
+Section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree, UInt32
+
+from ..core import trees
+from ..core.errors import InputError, check_choice, check_count
+
+__all__ = ["QSGD", "Codec", "Plain", "RandomK", "Signs", "TopK", "largest", "pack", "unpack"]
+
+_WORD = 32
+_BLOCK = 64  # entries of which the first level of `largest` keeps the maximum
+
+
+class Codec(eqx.Module):
+    """`random` says that `encode` needs a key; `exact` that what arrives is what was sent."""
+
+    random: ClassVar[bool] = False
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        """What crosses the wire."""
+        raise NotImplementedError
+
+    def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
+        """What it says, a vector of n numbers."""
+        raise NotImplementedError
+
+    def nbytes(self, n: int, dtype: Any = jnp.float32) -> int:
+        """Bytes on the wire for a vector of n numbers."""
+        key = jax.eval_shape(lambda: jax.random.key(0)) if self.random else None
+        sent = jax.eval_shape(lambda v, key: self.encode(v, key=key), jax.ShapeDtypeStruct((n,), dtype), key)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sent))
+
+
+def _check_vector(v: Any) -> None:
+    if not trees.is_floating(v) or jnp.ndim(v) != 1 or not jnp.size(v) or jnp.iscomplexobj(v):
+        raise InputError("v", trees.describe(v), "a real floating vector")
+
+
+class Plain(Codec):
+    """Everything as it is."""
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        _check_vector(v)
+        return v
+
+    def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
+        return payload
+
+
+class _Sparse(Codec):
+    """k of the entries: `k` of them, or the share `density` of all, at least one."""
+
+    k: int | None = eqx.field(static=True)
+    density: float | None = eqx.field(static=True)
+
+    def __init__(self, k: int | None = None, *, density: float | None = None):
+        if (k is None) == (density is None):
+            raise InputError("k and density", f"{k} and {density}", "one of the two")
+        if k is not None:
+            check_count("k", k, 1)
+        if density is not None and not (isinstance(density, int | float) and 0 < density <= 1):
+            raise InputError("density", density, "a number above 0, at most 1")
+        self.k, self.density = k, density
+
+    def count(self, n: int) -> int:
+        """How many of n entries are sent."""
+        k = max(1, round((self.density or 0) * n)) if self.k is None else self.k
+        if k > n:
+            raise InputError("k", k, f"at most the length of the vector, {n}")
+        return k
+
+    def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
+        indices, values = payload
+        return jnp.zeros(n, values.dtype).at[indices].set(values, unique_indices=True)
+
+
+class TopK(_Sparse):
+    """The k entries of largest magnitude: ‖v − Q(v)‖² ≤ (1 − k/n) ‖v‖². Ties go to the lower index."""
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        _check_vector(v)
+        indices = largest(jnp.abs(v), self.count(len(v)))
+        return indices, v[indices]
+
+
+class RandomK(_Sparse):
+    """k entries, uniformly without replacement, and not rescaled: a contraction on average, biased."""
+
+    random: ClassVar[bool] = True
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        _check_vector(v)
+        if key is None:
+            raise InputError("key", None, "a key of jax.random: RandomK draws the entries")
+        indices = jax.random.permutation(key, len(v))[: self.count(len(v))].astype(jnp.int32)
+        return indices, v[indices]
+
+
+class Signs(Codec):
+    """One bit an entry, and a scale for all.
+
+    **Arguments:** `scale` — `"l1"`: ‖v‖₁/n, the best one, always a contraction; `"l2"`: ‖v‖₂/√n, which keeps the
+    norm, and is none where v is sparse; `"none"`: 1, for votes.
+    """
+
+    scale: str = eqx.field(static=True, default="l1")
+
+    def __init__(self, scale: str = "l1"):
+        check_choice("scale", scale, ("l1", "l2", "none"))
+        self.scale = scale
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        _check_vector(v)
+        bits = pack((v >= 0).astype(jnp.uint32), 1)
+        if self.scale == "none":
+            return (bits,)
+        return bits, jnp.mean(jnp.abs(v)) if self.scale == "l1" else jnp.sqrt(jnp.mean(v**2))
+
+    def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
+        bits, *scale = payload
+        size = scale[0] if scale else jnp.float32(1)
+        return jnp.where(unpack(bits, 1, n) > 0, size, -size)
+
+
+class QSGD(Codec):
+    """Stochastic rounding to s levels of the norm, unbiased.
+
+    **Arguments:** `levels` — s, 1 to 127; `norm` — `"l2"`, the paper's, or `"max"`, whose error is smaller.
+    """
+
+    random: ClassVar[bool] = True
+
+    levels: int = eqx.field(static=True)
+    norm: str = eqx.field(static=True)
+
+    def __init__(self, levels: int = 1, *, norm: str = "l2"):
+        check_count("levels", levels, 1)
+        if levels > 127:
+            raise InputError("levels", levels, "at most 127")
+        check_choice("norm", norm, ("l2", "max"))
+        self.levels, self.norm = int(levels), norm
+
+    @property
+    def _bits(self) -> int:
+        """Of a signed level, a power of two so that no number lies across two words."""
+        return 1 << math.ceil(math.log2(math.ceil(math.log2(2 * self.levels + 1))))
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        _check_vector(v)
+        if key is None:
+            raise InputError("key", None, "a key of jax.random: QSGD rounds at random")
+        size = jnp.max(jnp.abs(v)) if self.norm == "max" else jnp.linalg.norm(v)
+        scaled = jnp.abs(v) * (self.levels / jnp.where(size > 0, size, 1))
+        level = jnp.floor(scaled + jax.random.uniform(key, v.shape, v.dtype))
+        # Rounding in the sum above must not lift the largest entry over the top.
+        level = jnp.minimum(level, self.levels).astype(jnp.int32)
+        signed = jnp.where(v < 0, -level, level) + self.levels
+        return pack(signed.astype(jnp.uint32), self._bits), size
+
+    def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
+        words, size = payload
+        level = unpack(words, self._bits, n).astype(jnp.int32) - self.levels
+        return level.astype(size.dtype) * (size / self.levels)
+
+
+def pack(numbers: UInt32[Array, " n"], bits: int) -> UInt32[Array, " words"]:
+    """Numbers below 2^bits in planes of words of 32 bits; the last plane is filled up with zeros. `bits` divides 32."""
+    planes = _WORD // bits
+    words = -(-numbers.shape[0] // planes)
+    filled = jnp.pad(numbers, (0, words * planes - numbers.shape[0])).reshape(planes, words)
+    total = filled[0]
+    for j in range(1, planes):
+        total = total | (filled[j] << (j * bits))
+    return total
+
+
+def unpack(words: UInt32[Array, " words"], bits: int, n: int) -> UInt32[Array, " n"]:
+    """The n numbers that `pack` put into the words."""
+    shifts = jnp.arange(0, _WORD, bits, dtype=jnp.uint32)[:, None]
+    return ((words[None] >> shifts) & jnp.uint32((1 << bits) - 1)).reshape(-1)[:n]
+
+
+def largest(sizes: Float[Array, " n"], k: int) -> Int[Array, " k"]:
+    """Indices of the k largest entries, in ascending order; ties go to the lower index.
+
+    Two levels: the k blocks with the largest maxima hold them all. NaN counts as larger than everything.
+    """
+    n = sizes.shape[0]
+    blocks = -(-n // _BLOCK)
+    if k * 4 >= blocks:
+        return jnp.sort(jax.lax.top_k(sizes, k)[1]).astype(jnp.int32)
+    table = jnp.pad(sizes, (0, blocks * _BLOCK - n), constant_values=-jnp.inf).reshape(blocks, _BLOCK)
+    # In ascending order, so that the lower index comes first among equals at the second level too.
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(table, axis=1), k)[1])
+    places = jax.lax.top_k(table[chosen].reshape(-1), k)[1]
+    return jnp.sort(chosen[places // _BLOCK] * _BLOCK + places % _BLOCK).astype(jnp.int32)

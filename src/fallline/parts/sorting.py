@@ -1,0 +1,89 @@
+"""Order statistics over a short axis of a large array, by sorting networks without a sort.
+
+Batcher's network for n rows is a fixed list of comparisons (i, j): afterwards row i holds the smaller and row j the
+larger one of each pair of entries. Comparisons on which no wanted rank depends are left out, and the rest is one pass
+over the data: each column is read once.
+
+Source: K. E. Batcher, *Sorting Networks and their Applications*, AFIPS Spring Joint Computer Conference (1968).
+
+NaN counts as larger than everything, as in `jax.numpy.sort`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..core.errors import InputError, check_count
+
+__all__ = ["median", "network", "order_statistics", "trimmed_mean"]
+
+Comparison = tuple[int, int]
+
+
+@functools.cache
+def network(n: int) -> tuple[Comparison, ...]:
+    """Batcher's odd–even merge sort for n rows, for any n: the comparisons in order."""
+    pairs: list[Comparison] = []
+    p = 1
+    while p < n:
+        k = p
+        while k >= 1:
+            for j in range(k % p, n - k, 2 * k):
+                for i in range(min(k, n - j - k)):
+                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
+                        pairs.append((i + j, i + j + k))
+            k //= 2
+        p *= 2
+    return tuple(pairs)
+
+
+@functools.cache
+def _needed(n: int, ranks: frozenset[int]) -> tuple[tuple[int, int, bool, bool], ...]:
+    """The comparisons on which the ranks depend, and which of their two results does."""
+    wanted, kept = set(ranks), []
+    for i, j in reversed(network(n)):
+        low, high = i in wanted, j in wanted
+        if low or high:
+            kept.append((i, j, low, high))
+            wanted |= {i, j}
+    return tuple(reversed(kept))
+
+
+def order_statistics(rows: Sequence[Array], ranks: Sequence[int]) -> list[Array]:
+    """The entries of these ranks, 0 for the smallest, among the rows: one array for each rank.
+
+    **Arguments:** `rows` — n arrays of one shape; `ranks` — numbers from 0 to n − 1.
+    """
+    lines = list(rows)
+    for i, j, low, high in _needed(len(lines), frozenset(ranks)):
+        a, b = lines[i], lines[j]
+        swap = (a > b) | jnp.isnan(a)  # with ¬(a ≤ b) two NaN would be exchanged too, which changes nothing
+        if low:
+            lines[i] = jnp.where(swap, b, a)
+        if high:
+            lines[j] = jnp.where(swap, a, b)
+    return [lines[rank] for rank in ranks]
+
+
+def median(stacked: Float[Array, "n ..."]) -> Float[Array, ...]:
+    """The median over the first axis; of an even number the mean of the two in the middle."""
+    n = stacked.shape[0]
+    low, high = order_statistics([stacked[i] for i in range(n)], ((n - 1) // 2, n // 2))
+    return low if n % 2 else (low + high) / 2
+
+
+def trimmed_mean(stacked: Float[Array, "n ..."], cut: int) -> Float[Array, ...]:
+    """The mean over the first axis without the `cut` largest and the `cut` smallest entries of each column.
+
+    **Raises:** `InputError` where nothing is left.
+    """
+    n = stacked.shape[0]
+    check_count("cut", cut, 0)
+    if n <= 2 * cut:
+        raise InputError("cut", cut, f"less than half of the {n} rows, so that some are left")
+    kept = order_statistics([stacked[i] for i in range(n)], range(cut, n - cut))
+    return sum(kept[1:], start=kept[0]) / len(kept)
