@@ -28,9 +28,13 @@ from .landscape.exponential_linear_nets import (
     exponential_linear_nets,
     initial_factors,
 )
+from .recovery.matrix_sensing import matrix_sensing
+from .recovery.overparam_matrix_sensing import overparam_matrix_sensing
 from .recovery.problem import Recovery
-from .recovery.recover import recover
 from .recovery.random_init_phase_retrieval import random_init_phase_retrieval
+from .recovery.recover import recover
+from .recovery.robust_pca import robust_pca
+from .recovery.subgm_robust_recovery import subgm_robust_recovery
 
 __version__ = "0.1.0"
 
@@ -74,15 +78,19 @@ __all__ = [
     "initial_factors",
     "k_means_plus_plus",
     "lloyd",
+    "matrix_sensing",
     "minimize",
     "optimizer",
+    "overparam_matrix_sensing",
     "perturbed_gradient_descent",
     "power_k_means",
     "race",
-    "recover",
     "random_init_phase_retrieval",
+    "recover",
     "residual",
+    "robust_pca",
     "scale_by_diffgrad",
+    "subgm_robust_recovery",
     "sweep",
     "target_surrogate",
     "theory_parameters",

@@ -18,8 +18,25 @@ from fallline import (
     optimizer,
     perturbed_gradient_descent,
     power_k_means,
+    random_init_phase_retrieval,
+    robust_pca,
+    subgm_robust_recovery,
     target_surrogate,
 )
+from fallline.recovery import (
+    PSD,
+    Absolute,
+    Dense,
+    Factors,
+    Intensity,
+    ObservedMatrix,
+    Recovery,
+    Squared,
+    Trimmed,
+    TwoFactors,
+    Vector,
+)
+from fallline.recovery.overparam_matrix_sensing import overparam_matrix_sensing
 
 
 def saddle(x):
@@ -52,6 +69,62 @@ def three_clusters(dtype, tick):
     draw = np.random.default_rng(0)
     data = np.repeat([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], [12, 12, 13], axis=0) + 0.5 * draw.normal(size=(37, 2))
     return CountedKMeans(jnp.asarray(data, dtype), tick)
+
+
+class CountedRecovery(Recovery):
+    """A recovery problem that counts its values and gradients."""
+
+    tick: Any = eqx.field(static=True)
+
+    def __init__(self, op, y, structure, loss, tick):
+        super().__init__(op, y, structure, loss)
+        self.tick = tick
+
+    def value(self, x):
+        ticked(self.tick, "value")
+        return super().value(x)
+
+    def value_and_gradient(self, x):
+        ticked(self.tick, "gradient")
+        return super().value_and_gradient(x)
+
+    def signal_gradient(self, x):
+        ticked(self.tick, "gradient")
+        return super().signal_gradient(x)
+
+
+def intensities(dtype, tick):
+    """150 intensities of a signal of 37 coordinates, of norm 1."""
+    rows, signal = np.sin(np.arange(150 * 37.0) ** 1.5).reshape(150, 37), np.cos(np.arange(37.0))
+    y = (rows @ signal) ** 2 / (signal @ signal)
+    return CountedRecovery(jnp.asarray(rows, dtype), jnp.asarray(y, dtype), Vector(), Intensity(), tick)
+
+
+def wide(dtype):
+    """What data of a point in this dtype have: singular vectors are computed in 32 bits at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def with_gross_errors(dtype, tick):
+    """A 19 × 11 matrix of rank 3 with 20 entries that are off by 5."""
+    rows, columns = np.sin(np.arange(57.0) ** 2).reshape(19, 3), np.cos(np.arange(33.0) ** 2).reshape(11, 3)
+    y = rows @ columns.T + 5 * (np.arange(209).reshape(19, 11) % 10 == 3)
+    return CountedRecovery(
+        ObservedMatrix(y.shape, None), jnp.asarray(y, wide(dtype)), TwoFactors(3, 1.0), Trimmed(0.2), tick
+    )
+
+
+def two_factors(dtype):
+    pairs = (np.sin(1 + np.arange(57.0)).reshape(19, 3), np.cos(np.arange(33.0)).reshape(11, 3))
+    return Factors(*(jnp.asarray(a, dtype) for a in pairs))
+
+
+def with_outliers(dtype, tick):
+    """150 measurements of a 7 × 7 matrix of rank 1, every fifth of them off by 10."""
+    rows, u = np.sin(np.arange(150 * 49.0) ** 1.5).reshape(150, 49), np.cos(np.arange(7.0))
+    y = rows @ np.outer(u, u).ravel() + 10 * (np.arange(150) % 5 == 0)
+    op = Dense(jnp.asarray(rows, wide(dtype)), (7, 7))
+    return CountedRecovery(op, jnp.asarray(y, wide(dtype)), PSD(3), Absolute(), tick)
 
 
 def on(fn, start, solver, other, **options):
@@ -95,6 +168,20 @@ class CountedTargets(TargetLoss):
         return counted_targets(x, inputs)
 
 
+def matrices(dtype, tick):
+    """90 measurements of a 37 × 3 matrix of rank 1 and singular value 1."""
+    rows = np.sin(np.arange(90 * 111.0) ** 1.5).reshape(90, 111)
+    left, right = np.cos(np.arange(37.0)), np.array([1.0, 2.0, -2.0])
+    matrix = np.outer(left / np.sqrt(left @ left), right / 3)
+    op, y = Dense(jnp.asarray(rows, dtype), (37, 3)), jnp.asarray(rows @ matrix.ravel(), dtype)
+    return CountedRecovery(op, y, TwoFactors(2, balance=0.0), Squared(), tick)
+
+
+def factors(dtype):
+    left, right = np.sin(1 + np.arange(74.0) ** 2) / 10, np.cos(np.arange(6.0)) / 10
+    return Factors(jnp.asarray(left.reshape(37, 2), dtype), jnp.asarray(right.reshape(3, 2), dtype))
+
+
 CASES = {
     "power-k-means": Case(
         lambda: power_k_means(-1.0, eta=1.2),
@@ -122,5 +209,31 @@ CASES = {
         lambda: target_surrogate(2.0, inner_steps=3, inner=optimizer(optax.sgd, learning_rate=0.5)),
         CountedTargets,
         near_the_saddle,
+    ),
+    "random-init-phase-retrieval": Case(
+        lambda: random_init_phase_retrieval(0.1),
+        lambda: random_init_phase_retrieval(0.05),
+        intensities,
+        lambda dtype: jnp.asarray(np.sin(1 + np.arange(37.0) ** 2) / 5, dtype),
+    ),
+    "overparam-matrix-sensing": Case(
+        lambda: overparam_matrix_sensing(0.2, beta=0.5, threshold=0.5),
+        lambda: overparam_matrix_sensing(0.1, beta=0.7, threshold=0.4),
+        matrices,
+        factors,
+        copies=4,  # what LAPACK is handed and hands back, at the one step of the change
+    ),
+    "robust-pca": Case(
+        lambda: robust_pca(0.5),
+        lambda: robust_pca(0.3, incoherence=2.0),
+        with_gross_errors,
+        two_factors,
+        copies=2,  # x and its gradient, from which the rows' norms and then the new point are made
+    ),
+    "subgm-robust-recovery": Case(
+        lambda: subgm_robust_recovery(0.3, 0.95),
+        lambda: subgm_robust_recovery(0.2, 0.9),
+        with_outliers,
+        lambda dtype: jnp.asarray(0.1 * np.sin(np.arange(21.0) ** 2).reshape(7, 3), dtype),
     ),
 }

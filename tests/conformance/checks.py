@@ -254,7 +254,7 @@ def _breaking(problem: Problem, first: Any) -> Problem:
     return broken
 
 
-ORACLES = ("value", "value_and_gradient", "minibatch", "squared_distances", "targets")
+ORACLES = ("value", "value_and_gradient", "minibatch", "squared_distances", "targets", "signal_gradient")
 """Methods of problems, of a point first, whose answers a run may be spoiled by."""
 
 

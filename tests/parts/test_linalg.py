@@ -7,12 +7,17 @@ import pytest
 import scipy.linalg
 
 from fallline.parts.linalg import (
+    conjugate_gradient,
     dense,
     extend_lanczos,
     lanczos_gap,
+    leading_eigenpairs,
+    leading_eigenvector,
+    leading_svd,
     orthonormal_rows,
     ritz_vector,
     start_lanczos,
+    subspace_svd,
     tridiagonal_eigh,
 )
 
@@ -182,3 +187,86 @@ def test_orthonormal_rows_drop_what_is_below_the_tolerance():
 def test_dense_is_the_matrix_of_the_map(batch):
     matrix = np.random.default_rng(4).normal(size=(10, 10))  # not symmetric: rows and columns differ
     np.testing.assert_allclose(dense(lambda v: matrix @ v, 10, jnp.float64, batch), matrix, rtol=1e-15)
+
+
+# ---- leading parts, and linear systems -------------------------------------------------------------
+
+RECTANGLE = np.random.default_rng(3).normal(size=(17, 11))
+
+
+def test_leading_eigenvector():
+    value, vector = jax.jit(lambda start: leading_eigenvector(lambda v: MATRIX @ v, start, N))(START)
+    values, vectors = np.linalg.eigh(MATRIX)
+    np.testing.assert_allclose(value, values[-1], rtol=1e-12)
+    np.testing.assert_allclose(np.abs(vectors[:, -1] @ vector), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(vector), 1, rtol=1e-14)
+
+
+def test_leading_eigenvector_is_the_largest_not_the_farthest_from_zero():
+    matrix = symmetric(np.array([-50.0, -20, -3, 0, 1, 2]))
+    value, vector = leading_eigenvector(lambda v: matrix @ v, np.ones(6) / np.sqrt(6), 6)
+    np.testing.assert_allclose(value, 2, rtol=1e-10)
+    np.testing.assert_allclose(matrix @ vector, 2 * vector, atol=1e-8)
+
+
+def test_leading_eigenvector_of_an_exhausted_krylov_space():
+    """Of the identity one step tells all; steps that were not taken must not be taken for eigenvalues."""
+    value, vector = leading_eigenvector(lambda v: -3.0 * v, START, 5)
+    np.testing.assert_allclose(value, -3, rtol=1e-14)
+    np.testing.assert_allclose(vector, START, atol=1e-14)
+
+
+def test_leading_eigenpairs():
+    """The largest ones, although the spectrum reaches as far below zero as above."""
+    matrix = symmetric(np.concatenate([[-9.0, -8.5, -7.0], np.linspace(-1, 1, 34), [6.0, 7.5, 10.0]]))
+    values, vectors = leading_eigenpairs(lambda block: matrix @ block, 40, 3, jax.random.key(0), np.float64)
+    np.testing.assert_allclose(values, [10, 7.5, 6], rtol=1e-10)
+    np.testing.assert_allclose(matrix @ np.asarray(vectors), np.asarray(vectors) * [10, 7.5, 6], atol=1e-7)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-12)
+
+
+@pytest.mark.parametrize("tall", [True, False])
+def test_leading_svd(tall):
+    matrix = RECTANGLE if tall else RECTANGLE.T
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    left, sizes, right = leading_svd(
+        lambda block: matrix @ block, lambda block: matrix.T @ block, matrix.shape, 3, jax.random.key(0), np.float64
+    )
+    np.testing.assert_allclose(sizes, s[:3], rtol=1e-12)
+    np.testing.assert_allclose(left * sizes @ right.T, u[:, :3] * s[:3] @ vt[:3], atol=1e-10)
+    np.testing.assert_allclose(left.T @ left, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(right.T @ right, np.eye(3), atol=1e-12)
+
+
+def test_leading_svd_of_a_large_matrix_with_a_tail():
+    """Singular values 0.9^i: 20 sweeps with ten more vectors leave (0.9^11)^40 of the error."""
+    generator = np.random.default_rng(4)
+    u, v = (np.linalg.qr(generator.normal(size=(n, 60)))[0] for n in (90, 70))
+    sizes = 0.9 ** np.arange(60)
+    matrix = u * sizes @ v.T
+    left, found, right = leading_svd(
+        lambda block: matrix @ block, lambda block: matrix.T @ block, (90, 70), 2, jax.random.key(0), np.float64
+    )
+    np.testing.assert_allclose(found, sizes[:2], rtol=1e-12)
+    np.testing.assert_allclose(left * found @ right.T, u[:, :2] * sizes[:2] @ v[:, :2].T, atol=1e-10)
+
+
+def test_subspace_iteration_from_the_singular_vectors_is_done_at_once():
+    u, s, vt = np.linalg.svd(RECTANGLE, full_matrices=False)
+    left, sizes, right = subspace_svd(lambda b: RECTANGLE @ b, lambda b: RECTANGLE.T @ b, vt[:4].T, 1)
+    np.testing.assert_allclose(sizes, s[:4], rtol=1e-12)
+    np.testing.assert_allclose(left * sizes @ right.T, u[:, :4] * s[:4] @ vt[:4], atol=1e-12)
+
+
+def test_conjugate_gradient():
+    positive = symmetric(np.array([0.5, 1, 1, 2, 2, 3, 4, 5, 5, 8, 9, 20.0]))
+    b, x0 = np.cos(np.arange(N)), np.sin(np.arange(N))
+    residual = b - positive @ x0
+    x, steps = conjugate_gradient(lambda v: positive @ v, x0, residual, 1e-12, 100)
+    np.testing.assert_allclose(x, np.linalg.solve(positive, b), rtol=1e-10)
+    assert int(steps) <= 10  # ten different eigenvalues, up to rounding
+    loose, fewer = conjugate_gradient(lambda v: positive @ v, x0, residual, 0.1, 100)
+    assert fewer < steps and np.linalg.norm(b - positive @ loose) <= 0.1 * np.linalg.norm(residual)
+    assert conjugate_gradient(lambda v: positive @ v, x0, residual, 1e-12, 3)[1] == 3
+    there, none = conjugate_gradient(lambda v: positive @ v, x, np.zeros(N), 1e-12, 100)
+    assert none == 0 and np.array_equal(there, x)

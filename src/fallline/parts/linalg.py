@@ -1,4 +1,4 @@
-"""Symmetric eigenvalue problems that are only known through products with vectors."""
+"""Eigenvalues, singular values and linear systems of matrices that are only known through products with vectors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 __all__ = [
     "Lanczos",
+    "conjugate_gradient",
     "dense",
     "extend_lanczos",
     "lanczos_gap",
@@ -21,6 +22,7 @@ __all__ = [
     "orthonormal_rows",
     "ritz_vector",
     "start_lanczos",
+    "subspace_svd",
     "tridiagonal_eigh",
 ]
 
@@ -147,14 +149,53 @@ def leading_svd(
     Martinsson and Tropp 2011, Algorithm 4.4) with 10 more vectors than asked for. Traceable.
     """
     width = min(*shape, rank + 10)
-    right = jnp.linalg.qr(jax.random.normal(key, (shape[1], width), dtype))[0]
+    right = jax.random.normal(key, (shape[1], width), dtype)
+    u, values, v = subspace_svd(times, transposed, right, sweeps)
+    return u[:, :rank], values[:rank], v[:, :rank]
+
+
+def subspace_svd(
+    times: Callable[[Array], Array], transposed: Callable[[Array], Array], right: Float[Array, "n2 p"], sweeps: int
+) -> tuple[Float[Array, "n1 p"], Float[Array, " p"], Float[Array, "n2 p"]]:
+    """What subspace iteration from the columns of `right` tells of the p largest singular values: U, σ, V.
+
+    The last columns are rough; p is at most either dimension. Traceable.
+    """
 
     def sweep(_: Any, right: Array) -> Array:
         return jnp.linalg.qr(transposed(jnp.linalg.qr(times(right))[0]))[0]
 
-    right = jax.lax.fori_loop(0, sweeps, sweep, right)
+    right = jax.lax.fori_loop(0, sweeps, sweep, jnp.linalg.qr(right)[0])
     u, values, vt = jnp.linalg.svd(times(right), full_matrices=False)
-    return u[:, :rank], values[:rank], right @ vt.T[:, :rank]
+    return u, values, right @ vt.T
+
+
+def conjugate_gradient(
+    product: Callable[[Array], Array], x: Array, residual: Array, tolerance: Any, most: int
+) -> tuple[Array, Int[Array, ""]]:
+    """Solve A x = b for a positive definite A from `x`, where the `residual` is b − A x.
+
+    Ends where the residual is at most `tolerance` times the first one, or after `most` products.
+
+    **Returns:** the solution, of the shape of `x`, and the number of products. Traceable.
+    """
+    dtype = jnp.result_type(x, residual)
+    x, residual = x.astype(dtype), residual.astype(dtype)
+    first = jnp.vdot(residual, residual)
+
+    def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        x, r, direction, squares, steps = carry
+        image = product(direction)
+        length = squares / jnp.vdot(direction, image)
+        x, r = x + length * direction, r - length * image
+        after = jnp.vdot(r, r)
+        return x, r, r + after / squares * direction, after, steps + 1
+
+    def goes_on(carry: tuple[Array, Array, Array, Array, Array]) -> Array:
+        return (carry[3] > tolerance**2 * first) & (carry[4] < most)
+
+    x, _, _, _, steps = jax.lax.while_loop(goes_on, body, (x, residual, residual, first, jnp.int32(0)))
+    return x, steps
 
 
 def lanczos_gap(n: int, steps: int, failure_probability: float) -> float:

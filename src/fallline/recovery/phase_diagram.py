@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..core import trees
 from ..core.errors import InputError, check_count
+from ..core.progress import Bar
+from ..core.setup import check_key
 
 __all__ = ["PhaseDiagram", "phase_diagram"]
 
@@ -44,38 +48,51 @@ def phase_diagram(
     second: Sequence[float],
     *,
     seeds: int = 20,
-    key: Array | None = None,
+    key: Array | int = 0,
     labels: tuple[str, str] = ("first", "second"),
-    batch: int = 20,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
+    progress: bool | str = "auto",
 ) -> PhaseDiagram:
     """Run `trial(a, b, key) -> success` in each cell of a grid, for each of the seeds.
 
     The trial is compiled once: `a` and `b` reach it as numbers of dynamic value, so that arrays in it have one
-    shape for all cells (give `Dense` rows of zeros for the measurements that a cell does not have).
+    shape for all cells (give `Dense` rows of zeros for the measurements that a cell does not have). All cells share
+    their keys, and those with one `a` run together under `vmap`: let the arrays depend on `a` and the key alone, and
+    they are drawn once for all `b`, and their products with many vectors are products of matrices.
 
     **Arguments:**
-    - `trial`: traceable; returns True or 1 for a success.
-    - `first`, `second`: the numbers along the axes. `seeds`: trials in each cell; all cells share their keys.
-    - `batch`: trials that run at once under `vmap`.
-    - `track`: goes through an iterable and shows how far it is.
+    - `trial`: traceable; returns whether it succeeded.
+    - `first`, `second`: the numbers along the axes, ascending. `seeds`: trials in each cell.
+    - `key`: a key of `jax.random`, or a seed.
+    - `labels`: names of the axes.
+    - `progress`: a bar on stderr; `"auto"` shows it in a terminal after a second.
 
-    **Raises:** `InputError` for empty axes or counts below 1.
+    **Raises:** `InputError` for axes that are empty or not ascending, fewer seeds than 1, or a trial that returns
+    anything but True or False.
     """
     check_count("seeds", seeds, 1)
-    check_count("batch", batch, 1)
-    for name, axis in {"first": first, "second": second}.items():
-        if not len(axis):
-            raise InputError(name, "an empty axis", "at least one number")
-    keys = jax.random.split(jax.random.key(0) if key is None else key, seeds)
+    axes = [_axis(name, numbers) for name, numbers in {"first": first, "second": second}.items()]
+    keys = jax.random.split(check_key(key, "the trials"), seeds)
 
     @jax.jit
     def row(a: Array, others: Array, keys: Array) -> Array:
-        def cell(b: Array) -> Array:
-            return jax.lax.map(lambda key: jnp.asarray(trial(a, b, key), float), keys, batch_size=min(batch, seeds))
+        def once(b: Array, key: Array) -> Array:
+            success = jnp.asarray(trial(a, b, key))
+            if success.shape or success.dtype != jnp.bool_:
+                raise InputError("trial", trees.describe(success), "a function that returns one True or False")
+            return success
 
-        return jnp.mean(jax.lax.map(cell, others), axis=1)
+        return jnp.sum(jax.lax.map(lambda key: jax.vmap(once, (0, None))(others, key), keys), axis=0)
 
-    others = jnp.asarray(second, float)
-    rates = [np.asarray(row(a, others, keys)) for a in track(list(jnp.asarray(first, float)), labels[0])]
-    return PhaseDiagram(np.asarray(first, float), np.asarray(second, float), np.stack(rates), seeds, labels)
+    others, successes = jnp.asarray(axes[1], float), []
+    with closing(Bar("phase diagram", len(axes[0]), progress)) as bar:
+        for a in axes[0]:
+            successes.append(np.asarray(row(jnp.asarray(a, float), others, keys)))
+            bar.update(len(successes), f"{labels[0]} {a:g}")
+    return PhaseDiagram(axes[0], axes[1], np.stack(successes) / seeds, seeds, labels)
+
+
+def _axis(name: str, numbers: Sequence[float]) -> Float[np.ndarray, " k"]:
+    axis = np.asarray(numbers, np.float64)
+    if axis.ndim != 1 or not axis.size or not np.all(np.isfinite(axis)) or np.any(np.diff(axis) <= 0):
+        raise InputError(name, numbers, "one or more finite numbers, ascending")
+    return axis

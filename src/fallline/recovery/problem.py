@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from ..core import trees
 from ..core.errors import InputError, is_traced
 from ..core.problem import Problem
-from .losses import Loss, Squared
+from .losses import Loss, Squared, modulus, times
 from .operators import Operator, as_operator
 from .structures import Structure, Vector
 
@@ -40,7 +40,7 @@ class Recovery(Problem):
     **Raises:** `InputError` for data of another shape, not finite, negative where they are intensities, or all zero.
     """
 
-    oracles: ClassVar[frozenset[str]] = Problem.oracles | {"measurements"}
+    oracles: ClassVar[frozenset[str]] = Problem.oracles | {"measurements", "signal_gradient"}
 
     op: Operator
     y: Array
@@ -48,6 +48,7 @@ class Recovery(Problem):
     loss: Loss
     gain: Any
     unit: Any
+    rho: Any
 
     def __init__(self, op: Any, y: Any, structure: Structure | None = None, loss: Loss | None = None):
         self.op, self.structure, self.loss = as_operator(op), structure or Vector(), loss or Squared()
@@ -58,29 +59,55 @@ class Recovery(Problem):
         own = self.loss.unit(jnp.asarray(y), self.op.count)
         squared = isinstance(self.loss, Squared)
         self.unit = jnp.asarray(self.structure.unit(self.op, y) if squared else own, trees.real_dtype(y))
+        norms = jnp.sqrt(self.op.squared_row_norms()).astype(trees.real_dtype(y))
+        self.rho = jnp.where(norms > 0, jnp.sqrt(float(self.op.size)) / jnp.where(norms > 0, norms, 1), 0)
 
-    def _relative(self, x: PyTree, u: Array) -> Array:
+    def _relative(self, x: PyTree, u: Array, rho: Array) -> Array:
         """√n |uᵢ| / (‖aᵢ‖ ‖x‖)."""
-        whole = jnp.sqrt(self.op.squared_row_norms()) * trees.norm(x)
-        return jnp.sqrt(float(self.op.size)) * jnp.abs(u) / jnp.where(whole > 0, whole, 1)
+        size = trees.norm(x)
+        return modulus(u) * (rho / jnp.where(size > 0, size, 1))
+
+    def _sums(self, x: PyTree, op: Operator, y: Array, rho: Array) -> tuple[Float[Array, ""], PyTree]:
+        """The loss over measurements `y` by `op`, and its gradient."""
+        u = self.structure.measure(op, x)
+        relative = self._relative(x, u, rho)
+        value, dual = self.loss.value_and_dual(u, y, relative)
+        return value, self.structure.pull(op, x, dual)
 
     def value(self, x: PyTree) -> Float[Array, ""]:
         u = self.structure.measure(self.op, x)
-        loss = self.loss.value(u, self.y, self._relative(x, u)) / self.gain
+        loss = self.loss.value(u, self.y, self._relative(x, u, self.rho)) / self.gain
         return ((loss + self.structure.penalty(x)[0]) / self.unit).astype(trees.real_dtype(x))
 
     def value_and_gradient(self, x: PyTree) -> tuple[Float[Array, ""], PyTree]:
         """Value and gradient: one product with A and one with A*. The weights of the loss are held fixed."""
-        u = self.structure.measure(self.op, x)
-        relative = self._relative(x, u)
-        value = self.loss.value(u, self.y, relative) / self.gain
         scale = (self.gain * self.unit).astype(trees.real_dtype(x))
-        gradient = self.structure.pull(self.op, x, self.loss.dual(u, self.y, relative) / scale)
+        parts = self.op.parts if self.loss.separable and jax.default_backend() == "cpu" else None
+        if parts is None:
+            value, gradient = self._sums(x, self.op, self.y, self.rho)
+        else:
+            # One part after the other: what belongs to it stays in the cache.
+            y, rho = (jnp.asarray(a)[:, None] for a in (self.y, self.rho))
+
+            def add(sums: PyTree, part: Any) -> tuple[PyTree, None]:
+                return jax.tree.map(jnp.add, sums, self._sums(x, *part)), None
+
+            shapes = jax.eval_shape(self._sums, x, *jax.tree.map(lambda a: a[0], (parts, y, rho)))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (value, gradient), _ = jax.lax.scan(add, zeros, (parts, y, rho))
+        value, gradient = value / self.gain, jax.tree.map(lambda g: times(1 / scale, g), gradient)
         extra, slope = self.structure.penalty(x)
         if slope is not None:
             gradient = jax.tree.map(lambda g, s: g + s / self.unit, gradient, slope)
         gradient = jax.tree.map(lambda g, a: g.astype(a.dtype), gradient, x)
         return ((value + extra) / self.unit).astype(trees.real_dtype(x)), gradient
+
+    def signal_gradient(self, x: PyTree) -> tuple[Float[Array, ""], Array]:
+        """The loss over gain and unit, and its gradient in the signal: A* of the weighted residual, a dense array."""
+        u = self.structure.measure(self.op, x)
+        value, dual = self.loss.value_and_dual(u, self.y, self._relative(x, u, self.rho))
+        scale = self.gain * self.unit
+        return (value / scale).astype(trees.real_dtype(x)), times(1 / scale, self.op.adjoint(dual))
 
     @property
     def lower_bound(self) -> float | None:

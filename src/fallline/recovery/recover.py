@@ -9,7 +9,7 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from ..core.errors import InputError
+from ..core.errors import InputError, is_traced
 from ..core.loop import minimize
 from ..core.optimizer import optimizer
 from ..core.setup import check_key
@@ -95,4 +95,5 @@ def default_solver(problem: Recovery) -> Solver:
 
 def default_stop(problem: Recovery) -> StoppingRule:
     """A small gradient, relative to the size of the signal."""
-    return gradient_norm(float(_TOLERANCE * jax.device_get(problem.scale)))
+    tolerance = _TOLERANCE * problem.scale
+    return gradient_norm(tolerance if is_traced(tolerance) else float(tolerance))

@@ -4,7 +4,9 @@ A start is a function `(problem, key) -> x0`. Those for intensities take the lea
 
     v ↦ A*(w ⊙ A v)
 
-by Lanczos, which holds a few vectors and never a matrix, and give it the norm √(Σy / gain). They differ in w
+by Lanczos, which holds a few vectors and never a matrix, and give it the norm √(Σy / gain). Masks of unequal size are
+divided out: with D = diag(A*A) / gain it is D^{−1/2} times the eigenvector of D^{−1/2} A*(w ⊙ A D^{−1/2} v). They
+differ in w
 (n coordinates, m measurements, ȳ = y / mean(y), ρᵢ = √(n)/‖aᵢ‖):
 
 | start                     | w                                                       |
@@ -28,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -35,6 +38,7 @@ from jaxtyping import Array, PyTree
 from ..core import trees
 from ..core.errors import InputError, check_choice, check_positive, is_traced
 from ..parts.linalg import leading_eigenpairs, leading_eigenvector, leading_svd
+from .losses import times
 from .problem import Recovery
 from .structures import PSD, Factors, TwoFactors
 
@@ -97,26 +101,34 @@ def start(name: str, *, alpha: float = 3.0, real: bool | None = None, steps: int
     """
     check_choice("init", name, STARTS)
     check_positive("alpha", alpha)
-    weigh = STARTS[name]
 
     def begin(problem: Recovery, key: Array) -> Array:
-        op, y = problem.op, jnp.asarray(problem.y)
-        norms = jnp.broadcast_to(jnp.sqrt(op.squared_row_norms()), op.out_shape).astype(y.dtype)
-        rho = jnp.sqrt(float(op.size)) / jnp.where(norms > 0, norms, jnp.inf)
-        w = weigh(y, rho, op.count, op.size, alpha)
-        w = w / jnp.max(jnp.abs(w))
-        dtype = y.dtype if real or (real is None and not _is_complex(op)) else jnp.result_type(y.dtype, jnp.complex64)
-        first = jax.random.normal(key, op.shape, dtype)
-        flat, back = _real_view(first)
-
-        def covariance(v: Array) -> Array:
-            x = back(v)
-            return _real_view(problem.structure.pull(op, x, w * op.mv(x)))[0] / problem.gain
-
-        vector = leading_eigenvector(covariance, flat / jnp.linalg.norm(flat), steps)[1]
-        return problem.radius * back(vector)
+        is_real = not _is_complex(problem.op) if real is None else real
+        return _leading(problem, key, alpha, STARTS[name], is_real, steps)
 
     return begin
+
+
+@eqx.filter_jit
+def _leading(problem: Recovery, key: Array, alpha: Any, weigh: Weights, real: bool, steps: int) -> Array:
+    """The leading eigenvector of the weighted covariance, with the norm of the signal."""
+    op, y = problem.op, jnp.asarray(problem.y)
+    rho = jnp.broadcast_to(problem.rho, op.out_shape).astype(y.dtype)
+    w = weigh(y, rho, op.count, op.size, alpha)
+    w = w / jnp.max(jnp.abs(w))
+    first = jax.random.normal(key, op.shape, y.dtype if real else jnp.result_type(y.dtype, jnp.complex64))
+    flat, back = _real_view(first)
+    columns = op.squared_column_norms()
+    whiten = jnp.ones((), y.dtype)
+    if columns is not None:  # where they differ in norm the eigenvector may sit on a single coordinate
+        whiten = jnp.sqrt(problem.gain / jnp.where(columns > 0, columns, jnp.inf)).astype(y.dtype)
+
+    def covariance(v: Array) -> Array:
+        x = times(whiten, back(v))
+        return _real_view(times(whiten, problem.structure.pull(op, x, times(w, op.mv(x)))))[0] / problem.gain
+
+    vector = leading_eigenvector(covariance, flat / jnp.linalg.norm(flat), steps)[1]
+    return times(problem.radius * whiten, back(vector))
 
 
 def _is_complex(op: Any) -> bool:
@@ -143,6 +155,7 @@ def signs(problem: Recovery, key: Array) -> PyTree:
     return _low_rank(problem, jnp.sign(problem.y) / problem.gain, key)
 
 
+@eqx.filter_jit
 def _low_rank(problem: Recovery, v: Array, key: Array) -> PyTree:
     op, structure = problem.op, problem.structure
     times, transposed = op.backproject(v)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from ..core import trees
 from ..core.errors import InputError, check_count, check_nonnegative
 from ..parts.linalg import leading_svd
 from .operators import Operator
@@ -98,14 +99,20 @@ class _LowRank(Structure):
     def check(self, op: Operator) -> None:
         if len(op.shape) != 2:
             raise InputError("op", f"an operator on signals of shape {op.shape}", "one on matrices")
+        if jnp.issubdtype(op.dtype, jnp.complexfloating):
+            raise InputError("op", f"a complex operator, {type(op).__name__}", "a real one: low-rank matrices are real")
         if self.rank > (most := min(op.shape)):
             raise InputError("rank", self.rank, f"at most the smaller dimension, {most}")
 
     def _largest(self, op: Operator, y: Array) -> Float[Array, ""]:
         """σ₁ of A* y / gain."""
-        times, transposed = op.backproject(y / op.gain)
-        values = leading_svd(times, transposed, op.shape, 1, jax.random.key(0), y.dtype)[1]
-        return values[0]
+        return _largest_singular_value(op, y)
+
+
+@eqx.filter_jit
+def _largest_singular_value(op: Operator, y: Array) -> Float[Array, ""]:
+    times, transposed = op.backproject(y / op.gain)
+    return leading_svd(times, transposed, op.shape, 1, jax.random.key(0), trees.real_dtype(y))[1][0]
 
 
 class PSD(_LowRank):
