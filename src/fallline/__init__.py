@@ -28,8 +28,10 @@ from .landscape.exponential_linear_nets import (
     exponential_linear_nets,
     initial_factors,
 )
+from .recovery.matrix_completion import matrix_completion
 from .recovery.matrix_sensing import matrix_sensing
 from .recovery.overparam_matrix_sensing import overparam_matrix_sensing
+from .recovery.phase_retrieval import phase_retrieval
 from .recovery.problem import Recovery
 from .recovery.random_init_phase_retrieval import random_init_phase_retrieval
 from .recovery.recover import recover
@@ -78,11 +80,13 @@ __all__ = [
     "initial_factors",
     "k_means_plus_plus",
     "lloyd",
+    "matrix_completion",
     "matrix_sensing",
     "minimize",
     "optimizer",
     "overparam_matrix_sensing",
     "perturbed_gradient_descent",
+    "phase_retrieval",
     "power_k_means",
     "race",
     "random_init_phase_retrieval",

@@ -118,6 +118,7 @@ def minimize(
             raise InputError("throw", True, "False inside jit or vmap; look at the status outside")
         solution = run.traced()
     else:
+        setup.solver.check(setup.problem, setup.x)
         kept = None if checkpoint is None else Keeper(Checkpoint.of(checkpoint), _fingerprint(setup))
         solution = run.hosted(clock, callback, kept, progress)
     return solution.raise_for_status() if throw else solution

@@ -51,6 +51,9 @@ class Solver(eqx.Module):
         """One step. `key` is the step's own; None where neither solver nor problem is random."""
         raise NotImplementedError
 
+    def check(self, problem: Problem, x: PyTree) -> None:
+        """Refuse, before a run is compiled, a problem or a start with which the method cannot succeed."""
+
     def stopping(self) -> StoppingRule | None:
         """The rule that `minimize` uses for `stop="auto"`."""
         return gradient_norm(1e-6)

@@ -1,6 +1,7 @@
 """Signals and low-rank matrices from their measurements."""
 
 from .alternating_least_squares import alternating_least_squares
+from .completion_least_squares import completion_least_squares
 from .losses import (
     Absolute,
     Amplitude,
@@ -11,6 +12,7 @@ from .losses import (
     TruncatedAmplitude,
     TruncatedPoisson,
 )
+from .matrix_completion import matrix_completion, observed
 from .matrix_sensing import matrix_sensing
 from .operators import (
     CodedDiffraction,
@@ -26,6 +28,7 @@ from .operators import (
 )
 from .overparam_matrix_sensing import overparam_matrix_sensing
 from .phase_diagram import PhaseDiagram, phase_diagram
+from .phase_retrieval import phase_retrieval, wirtinger
 from .problem import Recovery
 from .random_init_phase_retrieval import (
     leave_one_out,
@@ -71,11 +74,15 @@ __all__ = [
     "alternating_least_squares",
     "check_schedule",
     "coded_diffraction",
+    "completion_least_squares",
     "gaussian_measurements",
     "leave_one_out",
+    "matrix_completion",
     "matrix_sensing",
+    "observed",
     "overparam_matrix_sensing",
     "phase_diagram",
+    "phase_retrieval",
     "random",
     "random_init_phase_retrieval",
     "random_signs",
@@ -90,6 +97,8 @@ __all__ = [
     "small_signs",
     "spectral",
     "start",
+    "state_evolution",
     "structured_sensing",
     "subgm_robust_recovery",
+    "wirtinger",
 ]

@@ -19,10 +19,11 @@ from ..core.stopping import StoppingRule, gradient_norm
 from . import starts
 from .losses import Loss
 from .problem import Recovery
-from .structures import Structure
+from .structures import Structure, Vector
 
 __all__ = ["begin", "default_solver", "default_stop", "recover"]
 
+_START = 2**31  # no step of a run has this number
 _TOLERANCE = 1e-8  # of the gradient, relative to the size of the signal; float32 stalls before
 
 
@@ -45,7 +46,7 @@ def recover(
     - `op`, `y`, `structure`, `loss`: see `Recovery`.
     - `init`: a start by name (`"optimal"`, `"truncated"`, `"spectral"`, …, of `STARTS`, for intensities;
       `"spectral"`, `"signs"` for low rank; `"random"`), a function `(problem, key) -> x0`, or a point.
-      `"auto"` is `"optimal"` for intensities, else `"spectral"`.
+      `"auto"` is `"optimal"` for intensities, `"spectral"` for low rank, else `"random"`.
     - `solver`: any solver; by default gradient descent with the step size of the loss's paper. Step sizes
       are in units of the data.
     - `stop`: a stopping rule; `"auto"` is a gradient of 1e-8 times the size of the signal.
@@ -65,7 +66,11 @@ def recover(
 
 
 def begin(problem: Recovery, init: Any, key: Array) -> PyTree:
-    """The starting point that `init` names, makes or is."""
+    """The starting point that `init` names, makes or is.
+
+    Its key is derived from `key`: whoever drew the operator with the same one does not start at a row of it.
+    """
+    key = jax.random.fold_in(key, _START)
     if isinstance(init, str):
         return _named(problem, init)(problem, key)
     return init(problem, key) if callable(init) else init
@@ -73,11 +78,14 @@ def begin(problem: Recovery, init: Any, key: Array) -> PyTree:
 
 def _named(problem: Recovery, init: str) -> starts.Start:
     phaseless = problem.loss.phaseless
-    low_rank: dict[str, starts.Start] = {"spectral": starts.spectral, "signs": starts.signs}
-    known = {name: starts.start(name) for name in starts.STARTS} if phaseless else low_rank
+    known: dict[str, starts.Start] = {}
+    if phaseless:
+        known = {name: starts.start(name) for name in starts.STARTS}
+    elif not isinstance(problem.structure, Vector):
+        known = {"spectral": starts.spectral, "signs": starts.signs}
     known["random"] = starts.random()
     if init == "auto":
-        init = "optimal" if phaseless else "spectral"
+        init = "optimal" if phaseless else "spectral" if "spectral" in known else "random"
     if init not in known:
         raise InputError("init", repr(init), f"one of auto, {', '.join(known)}, a function or a point")
     return known[init]

@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -71,7 +72,9 @@ def _over_gram(gradient: Float[Array, "n r"], factor: Float[Array, "k r"]) -> Fl
     """G (FᵀF)⁻¹, by a Cholesky decomposition: NaN where F has not full rank."""
     wide = factor.astype(trees.real_dtype(factor))
     gram = jax.scipy.linalg.cho_factor(wide.T @ wide)
-    return jax.scipy.linalg.cho_solve(gram, gradient.astype(wide.dtype).T).T.astype(gradient.dtype)
+    # A library's solver with n right-hand sides would start threads for each of these small products.
+    inverse = jax.scipy.linalg.cho_solve(gram, jnp.eye(wide.shape[1], dtype=wide.dtype))
+    return (gradient.astype(wide.dtype) @ inverse).astype(gradient.dtype)
 
 
 class ScaledGradientState(State):

@@ -258,8 +258,8 @@ PHOTOGRAPH = Claim(
     "start, 2e-5 after 50 steps on a larger photograph",
     tolerance="The prototype's start was off by 0.470 and its end by 3.9e-9; without truncation its start was off by "
     "1.12. The eigenvalue of the signal is 2 mean(y), that of the largest measurement about (1 + ln(m)/L) mean(y): "
-    "they are equal at m = e^L = 163,000, a little below the m = 197,000 here, and which is larger depends on the masks; so "
-    "the start without truncation is judged by the worst of the draws, and on smaller images not at all.",
+    "they are equal at m = e^L = 163,000, a little below the m = 197,000 here, and which is larger depends on the "
+    "masks; so the start without truncation is judged by the worst of the draws, and on smaller images not at all.",
     seeds=MASKS,
     build=_photograph,
     measure=_photographed(True),

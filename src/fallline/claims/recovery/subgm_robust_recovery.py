@@ -239,6 +239,9 @@ NOISE = Claim(
     control="a start of size α = 1",
     measure_control=_from(1.0),
     draw=_draw_noise,
+    finding="The large start fits the noise for every seed: its misfit is 0.040 to 0.047 where the small start has "
+    "0.062 to 0.069. But it loses less than in the prototype, whose instance had 0.11: over five seeds the errors are "
+    "0.066 to 0.084 against 0.032 to 0.038 from the small start. The ratio is 0.39 to 0.52, above a half for one seed.",
 )
 
 CLAIMS = (OUTLIERS, NOISE)
