@@ -45,7 +45,7 @@ demo: .venv/dev.stamp  ## Is it a minimum? The main job on real data; leaves a r
 	@$(BIN)/python examples/is_it_a_minimum.py
 
 test: .venv/dev.stamp  ## All tests
-	@JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n $(JOBS) --durations=10
+	@JAX_ENABLE_X64=0 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10
 
 # ---- what must hold before a change lands -----------------------------------------------------
 

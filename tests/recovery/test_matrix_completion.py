@@ -1,5 +1,7 @@
 """Matrix completion against dense masks in NumPy, least squares row by row, and what the card calls exact."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,7 +152,9 @@ def test_alternating_least_squares_is_least_squares_row_by_row(x64, ridge):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_completes_the_matrix(x64, method):
-    found = matrix_completion(*DATA, method=method, steps=2000)
+    wants_more = method == "singular_value_projection"
+    with pytest.warns(UserWarning, match="wants at least 10 times") if wants_more else nullcontext():
+        found = matrix_completion(*DATA, method=method, steps=2000)
     assert found.status.converged and error(found.x, TRUTH) < 1e-6
 
 

@@ -132,14 +132,27 @@ def test_size_is_that_of_the_signal(x64):
     np.testing.assert_allclose(signal_size(p), 3.0, rtol=0.03)
 
 
+def unchecked(p, x0, solver, steps):
+    """A run inside `jit`, where nobody can look at the start."""
+
+    @jax.jit
+    def run(x0):
+        solution = fl.minimize(p, x0, solver, steps=steps)
+        return solution.x, solution.state.growth, solution.status.ending
+
+    return run(x0)
+
+
 def test_too_short_a_schedule_is_refused_and_its_run_does_not_say_converged(x64):
     p, short = problem(), subgm_robust_recovery(0.1, 0.985)
     x0 = small_signs(1e-4)(p, KEY)
     with pytest.raises(fl.InputError, match=r"decay: got 0\.985.* has not grown .*; try decay=0\.99\d") as refusal:
         check_schedule(p, x0, short)
-    solution = fl.minimize(p, x0, short, steps=1500)
-    assert not solution.status.converged and solution.state.growth < 1e-2
-    np.testing.assert_allclose(error(solution.x), 1, atol=1e-2)
+    with pytest.raises(fl.InputError, match="has not grown"):
+        fl.minimize(p, x0, short, steps=2)
+    x, growth, ending = unchecked(p, x0, short, 1500)
+    assert ending == fl.Ending.STEP_LIMIT and growth < 1e-2
+    np.testing.assert_allclose(error(x), 1, atol=1e-2)
     advised = float(str(refusal.value).split("decay=")[1])
     longer = subgm_robust_recovery(0.1, advised)
     check_schedule(p, x0, longer, rank=2)
@@ -151,7 +164,7 @@ def test_growth_of_the_linear_phase_is_bounded_by_the_prediction(x64):
     x0 = 1e-6 * START
     q = -q_by_hand(x0, CLEAN + OUTLIERS)
     values, vectors = np.linalg.eigh(q)
-    x = fl.minimize(p, x0, short, steps=300).x
+    x = unchecked(p, x0, short, 300)[0]
     steps = 0.1 * 0.9 ** np.arange(300)
     factors = np.prod(1 + steps[:, None] * values / np.linalg.norm(q), axis=0)
     np.testing.assert_allclose(vectors.T @ x, factors[:, None] * (vectors.T @ x0), rtol=1e-8, atol=1e-20)

@@ -31,7 +31,8 @@ TSP 67 (2019), Sections III, V, VIII; the other methods name their own.
 
 Guarantee: where A has the restricted isometry property on matrices of rank a few times r, and from a spectral start,
 dist² falls by 1 − c/κ in each step of gradient descent; Gaussian measurements need m of order n r. For a small isometry
-constant all local minima are global and all saddles strict, so that small random starts arrive too.
+constant all local minima are global and all saddles strict, so that small random starts arrive too. The statements are
+recalled, not checked against the paper's text; the claims measure them.
 
 Departures: none in the updates. Where λ is not given it is 0.5 from a spectral start with `gradient` and `lbfgs`, and
 0 otherwise, where the method keeps the balance itself.

@@ -21,7 +21,7 @@ from ..core.errors import InputError, is_traced
 from ..core.problem import Problem
 from .losses import Loss, Squared, modulus, times
 from .operators import Operator, as_operator
-from .structures import Structure, Vector
+from .structures import PSD, Structure, Vector
 
 __all__ = ["Recovery"]
 
@@ -123,7 +123,9 @@ class Recovery(Problem):
     @property
     def scale(self) -> Any:
         """The size of a point that solves it: `radius` for a vector, √σ₁ for factors."""
-        return self.radius if isinstance(self.structure, Vector) else jnp.sqrt(self.unit)
+        if isinstance(self.structure, Vector):
+            return self.radius
+        return jnp.sqrt(self.unit / 2 if isinstance(self.structure, PSD) else self.unit)
 
     @property
     def radius(self) -> Float[Array, ""]:

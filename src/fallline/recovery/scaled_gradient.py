@@ -15,7 +15,8 @@ Source: T. Tong, C. Ma and Y. Chi, *Accelerating Ill-Conditioned Low-Rank Matrix
 Descent*, JMLR 22 (2021), Algorithm 1.
 
 Guarantee: from a spectral start, with enough Gaussian measurements and η ≤ 2/3, dist(F_t, F*) falls by the factor
-1 − 0.6 η in each step, whatever the condition number; gradient descent needs O(κ) steps.
+1 − 0.6 η in each step, whatever the condition number; gradient descent needs O(κ) steps. (The constants are recalled,
+not checked against the paper's text.)
 
 Departures: none. The paper has no balancing penalty; where the structure has one (`TwoFactors` does by default), its
 gradient is scaled alike.

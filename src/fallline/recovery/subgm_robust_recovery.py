@@ -31,8 +31,8 @@ Departures: the factor 2 of the sub-gradient 2QU is taken into the step size. `g
 test that ends a run are ours: it ends when a geometric step is below `tolerance`, if the signal has grown by then.
 
 Use it where outliers or the rank are unknown. The schedule must be long enough for the signal to grow from α² to 1:
-`check_schedule` says beforehand whether it is, and a run whose signal has not grown ends at the step limit with
-`state.growth` far below 1 (its error is 1.0: U is still 0 to the eye). A smaller α gives a smaller error and needs a
+`minimize` refuses one with which no signal can grow (`check_schedule`, which can be asked for a known rank), and
+inside `jit` a run whose signal has not grown ends at the step limit with `state.growth` far below 1 (its error is 1.0: U is still 0 to the eye). A smaller α gives a smaller error and needs a
 longer schedule. A large start with r' > r fits the noise.
 """
 
@@ -91,6 +91,9 @@ class SubGM(Solver):
 
     def stopping(self) -> StoppingRule | None:
         return None  # the sub-gradient does not vanish at the solution
+
+    def check(self, problem: Any, x: Float[Array, "n r"]) -> None:
+        check_schedule(problem, x, self)
 
     def init(self, problem: Any, x: Float[Array, "n r"], *, key: Array | None) -> SubGMState:
         length = jnp.asarray(self.step_size, jnp.promote_types(x.dtype, jnp.float32))

@@ -154,7 +154,8 @@ EXACT = Claim(
     kind="exact recovery",
     source="Section V-C and its figure; Ma, Wang, Chi and Chen (2018), Theorem 2 (three norms, constant step size)",
     tolerance="The prototype, one seed, took 423 steps at n = 1000, r = 10 and 428 at n = 500, r = 5, to 1e-10, from "
-    "starts with errors .51 and .57. All seeds must pass. 10 s, without compiling, leave room for slow machines: dense masks took 3.2 s.",
+    "starts with errors .51 and .57. All seeds must pass. 10 s, without compiling, leave room for slow machines: dense "
+    "masks took 3.2 s.",
     seeds=SEEDS,
     build=_projections,
     measure=_completed(lambda share: RATE),

@@ -24,7 +24,7 @@ class WatchedState(State):
 
 
 class Watched(Solver):
-    """The steps of `inner` on a `Recovery`, and the relative `error` of the matrix; done where it is at most `target`."""
+    """The steps of `inner` on a `Recovery`, and the matrix's relative `error`; done where it is at most `target`."""
 
     inner: Any
     truth: PyTree
