@@ -232,7 +232,7 @@ CASES = {
     ),
     "subgm-robust-recovery": Case(
         lambda: subgm_robust_recovery(0.3, 0.95),
-        lambda: subgm_robust_recovery(0.2, 0.9),
+        lambda: subgm_robust_recovery(0.2, 0.93),
         with_outliers,
         lambda dtype: jnp.asarray(0.1 * np.sin(np.arange(21.0) ** 2).reshape(7, 3), dtype),
     ),

@@ -138,7 +138,7 @@ def unchecked(p, x0, solver, steps):
     @jax.jit
     def run(x0):
         solution = fl.minimize(p, x0, solver, steps=steps)
-        return solution.x, solution.state.growth, solution.status.ending
+        return solution.x, solution.state.growth, solution.status.code
 
     return run(x0)
 

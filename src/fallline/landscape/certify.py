@@ -115,7 +115,7 @@ def certify(
     is_dense = n <= min(DENSE_LIMIT, max_hvp)
     if key is None and not is_dense:
         raise InputError("key", None, f"a key or a seed: with {n} real coordinates Lanczos starts at random")
-    key = check_key(0 if key is None else key, "the certificate")
+    drawn = check_key(0 if key is None else key, "the certificate")
 
     value, gradient, x_norm = _first_order(problem, point)
     value, gradient_norm = float(value), float(np.linalg.norm(np.asarray(gradient, np.float64)))
@@ -142,7 +142,7 @@ def certify(
         return conclude(Verdict.NOT_STATIONARY, "value or gradient is not finite here")
 
     # The Hessian's scale, without which no gradient is small.
-    scale, used = hessian_scale(problem, point, key, min(_SCALE_STEPS, n, max_hvp // 2))
+    scale, used = hessian_scale(problem, point, drawn, min(_SCALE_STEPS, n, max_hvp // 2))
     calls += used
     facts: dict[str, Any] = {"gradient_scale": scale * radius}
     if not np.isfinite(scale):
@@ -171,7 +171,7 @@ def certify(
             **facts,
         )
 
-    probe = unit_vector(jax.random.fold_in(key, 0), n, dtype)
+    probe = unit_vector(jax.random.fold_in(drawn, 0), n, dtype)
     h = dtype.type(rounding ** (1 / 3) * radius)
     mismatch = float(_difference_check(problem, point, probe, h))
     calls += Calls(gradient=2, hvp=1)
@@ -196,7 +196,7 @@ def certify(
 
     search = dense_spectrum if is_dense else lanczos_spectrum
     spectrum, tangent_size, used = search(
-        problem, point, deflate, key, scale, curvature_tolerance, failure_probability, max_hvp - int(calls.hvp)
+        problem, point, deflate, drawn, scale, curvature_tolerance, failure_probability, max_hvp - int(calls.hvp)
     )
     calls += used
     scale = max(scale, abs(spectrum.largest), abs(spectrum.rayleigh))

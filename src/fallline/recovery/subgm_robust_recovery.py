@@ -31,9 +31,9 @@ Departures: the factor 2 of the sub-gradient 2QU is taken into the step size. `g
 test that ends a run are ours: it ends when a geometric step is below `tolerance`, if the signal has grown by then.
 
 Use it where outliers or the rank are unknown. The schedule must be long enough for the signal to grow from α² to 1:
-`minimize` refuses one with which no signal can grow (`check_schedule`, which can be asked for a known rank), and
-inside `jit` a run whose signal has not grown ends at the step limit with `state.growth` far below 1 (its error is 1.0: U is still 0 to the eye). A smaller α gives a smaller error and needs a
-longer schedule. A large start with r' > r fits the noise.
+`minimize` refuses one with which none can (`check_schedule`, which can be asked for a known rank); inside `jit` such a
+run ends at the step limit with `state.growth` far below 1 (its error is 1.0: U is still 0 to the eye). A smaller α
+gives a smaller error and needs a longer schedule. A large start with r' > r fits the noise.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def check_schedule(problem: Recovery, x0: Float[Array, "n r"], solver: SubGM, *,
     check_count("rank", rank, 1)
     if solver.schedule != "geometric":
         return
-    q = -_symmetric(problem.signal_gradient(jnp.zeros_like(x0))[1])
+    q = _symmetric(problem.op.adjoint(jnp.sign(problem.y)))  # −Q at 0, up to a factor
     rate = float(jnp.linalg.eigvalsh(q)[-rank] / jnp.linalg.norm(q))
     needed = 0.5 * math.log(float(signal_size(problem) / jnp.linalg.norm(x0.T @ x0)))
     if rate <= 0:
