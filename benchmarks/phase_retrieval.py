@@ -76,7 +76,7 @@ def main() -> None:
     for method, name in THEIRS.items():
 
         def ours(method: str = method) -> fl.Solution:
-            return phase_retrieval(op, y, method, stop=fl.gradient_norm(1e-6 * size))
+            return phase_retrieval(op, y, method, stop=fl.gradient_norm(1e-7 * size))
 
         def peer(name: str = name) -> Any:
             return wirtinger(theirs, y, method=name, tol=1e-6, seed=0)

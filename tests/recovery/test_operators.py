@@ -117,7 +117,7 @@ def test_quaternary_masks_make_a_multiple_of_the_identity_and_octanary_ones_a_di
 def test_the_parts_of_coded_diffraction_are_its_masks_one_by_one(x64):
     op = coded_diffraction(jax.random.key(6), (4, 3), 5, octanary=True)
     x = jnp.asarray(_random(np.random.default_rng(5), (4, 3), True))
-    one_by_one = jax.vmap(lambda part: part.mv(x), in_axes=0)(op.parts)
+    one_by_one = jax.vmap(lambda part: part.mv(x), in_axes=0)(op.parts[0])
     np.testing.assert_allclose(one_by_one[:, 0], op.mv(x), atol=1e-12)
 
 
@@ -219,3 +219,21 @@ def test_what_is_no_operator_is_refused(x64, make, message):
 def test_a_64_bit_matrix_in_32_bit_mode_is_refused(x32):
     with pytest.raises(InputError, match="matrix: got complex128"):
         Dense(np.ones((2, 2), complex))
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("of_complex", [False, True])
+def test_a_matrix_larger_than_the_cache_is_cut_up(is_complex, of_complex):
+    """15 MB or 31, in 2,400 rows; 2,399 is a prime, and its matrix stays whole."""
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0)
+        for m in (2400, 2399):
+            matrix = _random(draw, (m, 800), is_complex)
+            op = Dense(matrix)
+            assert (op.parts is None) == (m == 2399)
+            x, v = _random(draw, (800,), of_complex), _random(draw, (m,), of_complex)
+            np.testing.assert_allclose(op.mv(jnp.asarray(x)), matrix @ x, atol=1e-10)
+            np.testing.assert_allclose(op.adjoint(jnp.asarray(v)), matrix.conj().T @ v, atol=1e-10)
+        stack, split = Dense(_random(draw, (2400, 800), is_complex)).parts
+        assert split(jnp.zeros(2400)).shape == stack.rows.shape[:2]
+        assert stack.rows[0].nbytes <= 2**19

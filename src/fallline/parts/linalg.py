@@ -26,6 +26,8 @@ __all__ = [
     "tridiagonal_eigh",
 ]
 
+_MOST_BASIS = 2**28  # bytes of Lanczos vectors that are held
+
 
 class Lanczos(NamedTuple):
     """A Lanczos run so far: the last two basis vectors and the tridiagonal matrix.
@@ -107,16 +109,27 @@ def leading_eigenvector(
 ) -> tuple[Float[Array, ""], Float[Array, " n"]]:
     """The largest eigenvalue (algebraically) and its vector, as `steps` Lanczos steps from a unit vector tell them.
 
-    Traceable. Two passes: nothing but a few vectors is held.
+    Traceable. The basis is held where it is small; a large one is made twice, and nothing but a few vectors is held.
     """
-    run = extend_lanczos(product, start_lanczos(start, steps), steps)
+    held = steps * start.size * start.dtype.itemsize <= _MOST_BASIS
+
+    def step(carry: tuple[Lanczos, Array]) -> tuple[Lanczos, Array]:
+        run, basis = carry
+        following, q = _lanczos_step(product, run)
+        return following, basis.at[run.steps].set(q) if held else basis
+
+    carry = (start_lanczos(start, steps), jnp.zeros((steps if held else 0, start.size), start.dtype))
+    run, basis = jax.lax.while_loop(lambda c: (c[0].steps < steps) & c[0].alive, step, carry)
     inside = jnp.arange(steps) < run.steps
     off = jnp.where(inside[1:], run.offdiagonal[:-1], 0)
     # Steps that were not taken get a value below all others.
     below = jnp.min(run.diagonal) - 2 * jnp.max(jnp.abs(run.offdiagonal)) - jnp.max(jnp.abs(run.diagonal)) - 1
     matrix = jnp.diag(jnp.where(inside, run.diagonal, below)) + jnp.diag(off, 1) + jnp.diag(off, -1)
     values, vectors = jnp.linalg.eigh(matrix)
-    return values[-1], ritz_vector(product, start, vectors[:, -1], run.steps)
+    if not held:
+        return values[-1], ritz_vector(product, start, vectors[:, -1], run.steps)
+    vector = vectors[:, -1] @ basis
+    return values[-1], vector / jnp.linalg.norm(vector)
 
 
 def leading_eigenpairs(

@@ -44,6 +44,8 @@ __all__ = [
 
 _MOST_BYTES = 4e9  # of a dense array that is made for the user without being asked twice
 _PROBES = 64
+_CACHED = 2**19  # bytes of a dense matrix that are read again while they are in the cache
+_CACHES = 16  # times that, below which a matrix is not cut up
 _PIECE = 8  # entries of one row that are added up at once: 4 to 32 are as fast, up to the pads
 _INSIDE: Any = "promise_in_bounds"  # indices are checked where they come in
 Times = Callable[[Array], Array]
@@ -100,8 +102,11 @@ class Operator(eqx.Module):
         return jnp.sum(jnp.broadcast_to(self.squared_row_norms(), self.out_shape)) / self.size
 
     @property
-    def parts(self) -> Operator | None:
-        """The operator as a stack of operators, each of one entry of the first axis of the measurements."""
+    def parts(self) -> tuple[Operator, Callable[[Array], Array]] | None:
+        """The operator as a stack of smaller ones, and how an array of its measurements is stacked likewise.
+
+        For losses whose terms know nothing of each other: what belongs to one part stays in the cache.
+        """
         return None
 
     def mv_product(self, left: Float[Array, "n1 r"], right: Float[Array, "n2 r"]) -> Array:
@@ -122,7 +127,7 @@ class Dense(Operator):
 
     A row of zeros measures nothing and is not counted: matrices of one shape with fewer rows that are not share
     compiled code. A complex matrix is held as real numbers, `rows` of shape (m, 2 n) with real and imaginary parts in
-    turn: a product is then one with a real matrix and two columns, which reads it once, at the speed of memory.
+    turn: its products are real ones, at the speed of memory.
     """
 
     rows: Array
@@ -155,28 +160,49 @@ class Dense(Operator):
     def dtype(self) -> Any:
         return jnp.result_type(self.rows.dtype, jnp.complex64) if self.is_complex else self.rows.dtype
 
+    def _cut(self, v: Array) -> tuple[Operator, Callable[[Array], Array]] | None:
+        """`parts`, where a product takes two real ones and would read the matrix twice."""
+        return self.parts if (self.is_complex or jnp.iscomplexobj(v)) and jax.default_backend() == "cpu" else None
+
     def mv(self, x: Array) -> Array:
         x = x.reshape(-1)
+        if (cut := self._cut(x)) is not None:
+            return jax.lax.map(lambda part: part.mv(x), cut[0]).reshape(-1)
         if self.is_complex:
-            # The columns are conj(x) and i conj(x) = conj(−i x): products with them are the parts of A x.
-            parts = jnp.stack([_interleaved(jnp.conj(x)), _interleaved(1j * jnp.conj(x))], axis=1)
-        elif jnp.iscomplexobj(x):
-            parts = jnp.stack([jnp.real(x), jnp.imag(x)], axis=1)
-        else:
-            return self.rows @ x
-        u = self.rows @ parts
-        return jax.lax.complex(u[:, 0], u[:, 1])
+            # Products with conj(x) and i conj(x) = conj(−i x), as real vectors, are the parts of A x.
+            return jax.lax.complex(self.rows @ _interleaved(jnp.conj(x)), self.rows @ _interleaved(1j * jnp.conj(x)))
+        if jnp.iscomplexobj(x):
+            return jax.lax.complex(self.rows @ jnp.real(x), self.rows @ jnp.imag(x))
+        return self.rows @ x
 
     def adjoint(self, v: Array) -> Array:
         if not (self.is_complex or jnp.iscomplexobj(v)):
             return (v @ self.rows).reshape(self.shape)
-        real, imag = jnp.stack([jnp.real(v), jnp.imag(v)]) @ self.rows
+        if (cut := self._cut(v)) is not None:
+            stack, split = cut
+
+            def add(total: Array, part: tuple[Operator, Array]) -> tuple[Array, None]:
+                return total + part[0].adjoint(part[1]), None
+
+            zeros = jnp.zeros(self.shape, jnp.result_type(self.dtype, v.dtype))
+            return jax.lax.scan(add, zeros, (stack, split(v)))[0]
+        real, imag = jnp.real(v) @ self.rows, jnp.imag(v) @ self.rows
         if self.is_complex:
             real, imag = real[::2] + imag[1::2], imag[::2] - real[1::2]
         return jax.lax.complex(real, imag).reshape(self.shape)
 
     def squared_row_norms(self) -> Float[Array, " m"]:
         return jnp.sum(jnp.square(self.rows), axis=1)
+
+    @property
+    def parts(self) -> tuple[Operator, Callable[[Array], Array]] | None:
+        m, width = self.rows.shape
+        most = max(_CACHED // (width * self.rows.dtype.itemsize), 1)
+        each = max(k for k in range(1, min(most, m) + 1) if m % k == 0)
+        if m * width * self.rows.dtype.itemsize < _CACHES * _CACHED or each < most / 4:
+            return None
+        stack = jnp.asarray(self.rows).reshape(m // each, each, width)
+        return eqx.tree_at(lambda op: op.rows, self, stack), lambda a: a.reshape(m // each, each)
 
 
 class _Pieces(eqx.Module):
@@ -326,8 +352,8 @@ class CodedDiffraction(Operator):
         return jnp.result_type(self.masks.dtype, jnp.complex64)
 
     @property
-    def parts(self) -> Operator:
-        return eqx.tree_at(lambda op: op.masks, self, jnp.asarray(self.masks)[:, None])
+    def parts(self) -> tuple[Operator, Callable[[Array], Array]]:
+        return eqx.tree_at(lambda op: op.masks, self, jnp.asarray(self.masks)[:, None]), lambda a: a[:, None]
 
     @property
     def _axes(self) -> tuple[int, ...]:

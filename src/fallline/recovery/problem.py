@@ -87,14 +87,15 @@ class Recovery(Problem):
             value, gradient = self._sums(x, self.op, self.y, self.rho)
         else:
             # One part after the other: what belongs to it stays in the cache.
-            y, rho = (jnp.asarray(a)[:, None] for a in (self.y, self.rho))
+            stacked, split = parts
+            y, rho = (split(jnp.asarray(a)) for a in (self.y, self.rho))
 
             def add(sums: PyTree, part: Any) -> tuple[PyTree, None]:
                 return jax.tree.map(jnp.add, sums, self._sums(x, *part)), None
 
-            shapes = jax.eval_shape(self._sums, x, *jax.tree.map(lambda a: a[0], (parts, y, rho)))
+            shapes = jax.eval_shape(self._sums, x, *jax.tree.map(lambda a: a[0], (stacked, y, rho)))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (value, gradient), _ = jax.lax.scan(add, zeros, (parts, y, rho))
+            (value, gradient), _ = jax.lax.scan(add, zeros, (stacked, y, rho))
         value, gradient = value / self.gain, jax.tree.map(lambda g: times(1 / scale, g), gradient)
         extra, slope = self.structure.penalty(x)
         if slope is not None:
