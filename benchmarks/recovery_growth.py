@@ -20,6 +20,7 @@ from timing import report  # noqa: E402
 
 import fallline as fl  # noqa: E402
 from fallline import recovery as fr  # noqa: E402
+from fallline.recovery.structures import product_distance  # noqa: E402
 
 Run = Callable[[], fl.Solution]
 
@@ -47,7 +48,7 @@ def sensing(n: int) -> tuple[Run, Callable[[Any], float]]:
     left, right = (jnp.linalg.qr(jax.random.normal(jax.random.key(k), (n, 4)))[0] for k in (2, 3))
     op = fr.structured_sensing(jax.random.key(1), 48 * n, (n, n))
     y, truth = op.mv(left @ right.T), fr.Factors(left, right)
-    return lambda: fl.matrix_sensing(op, y, 4, method="scaled"), lambda x: float(fr.product_distance(x, truth))
+    return lambda: fl.matrix_sensing(op, y, 4, method="scaled"), lambda x: float(product_distance(x, truth))
 
 
 def completion(n: int) -> tuple[Run, Callable[[Any], float]]:
@@ -62,7 +63,7 @@ def completion(n: int) -> tuple[Run, Callable[[Any], float]]:
     def run() -> fl.Solution:
         return fl.matrix_completion(rows, columns, values, (n, n), 5, method="alternating_least_squares")
 
-    return run, lambda x: float(fr.product_distance(x, truth))
+    return run, lambda x: float(product_distance(x, truth))
 
 
 def outliers(n: int) -> tuple[Run, Callable[[Any], float]]:
@@ -76,7 +77,7 @@ def outliers(n: int) -> tuple[Run, Callable[[Any], float]]:
     def run() -> fl.Solution:
         return fl.minimize(problem, fr.robust_pca_start(problem, jax.random.key(0)), fl.robust_pca(), steps=1000)
 
-    return run, lambda x: float(fr.product_distance(x, truth))
+    return run, lambda x: float(product_distance(x, truth))
 
 
 FAMILIES = {

