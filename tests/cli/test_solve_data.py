@@ -80,4 +80,4 @@ def test_bad_input(words, message, run, photo):
 
 def test_the_photograph_of_scikit_learn_is_the_default():
     made = instance("coded-diffraction", patterns=1)
-    assert made.problem.op.shape == (427, 640) and "temple" in made.description
+    assert made.problem.op.shape == (427, 640) and "china" in made.description

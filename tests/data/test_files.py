@@ -134,6 +134,9 @@ def test_faults_of_patterns(arrays, words, tmp_path):
 
 def test_what_packages_carry():
     assert photograph().shape == (427, 640) and photograph().min() >= 0 and photograph().max() <= 1
+    assert photograph("camera").shape == (512, 512) and photograph("cell").max() <= 1
+    with pytest.raises(InputError, match="photograph: got 'dog'"):
+        photograph("dog")
     cube = indian_pines()
     assert cube.shape == (145, 145, 200) and cube.max() == 1
     singular = np.linalg.svd(cube.reshape(-1, 200), compute_uv=False)

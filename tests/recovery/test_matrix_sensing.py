@@ -211,9 +211,9 @@ def test_projection_says_value_and_gradient_of_its_point():
 
 def test_projection_without_isometry_diverges_and_says_so():
     few = 40
-    end = matrix_sensing(
-        Dense(jnp.asarray(ROWS[:few]), (N1, N2)), jnp.asarray(Y[:few]), R, method="projection", steps=500, step_size=3.0
-    )
+    op, y = Dense(jnp.asarray(ROWS[:few]), (N1, N2)), jnp.asarray(Y[:few])
+    with pytest.warns(UserWarning, match=r"40 measurements are 1\.4 times the 28 degrees of freedom"):
+        end = matrix_sensing(op, y, R, method="projection", steps=500, step_size=3.0)
     assert end.status.ending is fl.Ending.DIVERGED
     assert np.isfinite(end.value) and int(end.steps) < 100
 

@@ -8,22 +8,34 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ..core.errors import InputError
+from ..core.errors import InputError, check_choice
 
-__all__ = ["indian_pines", "photograph"]
+__all__ = ["PHOTOGRAPHS", "indian_pines", "photograph"]
+
+PHOTOGRAPHS = ("china", "flower", "camera", "moon", "cell")
+"""Names of photographs: the first two are scikit-learn's, the others scikit-image's."""
 
 
 @functools.cache
-def photograph(name: str = "china") -> Float[np.ndarray, "427 640"]:
-    """The luminance of `china` or `flower`, from 0 to 1, as scikit-learn carries them.
+def photograph(name: str = "china") -> Float[np.ndarray, "height width"]:
+    """The luminance of one of `PHOTOGRAPHS`, from 0 to 1.
 
     **Source:** scikit-learn's sample images (Creative Commons Attribution 2.0, from Flickr: china by danielbuechele,
-    flower by vultilion).
-    """
-    from sklearn.datasets import load_sample_image
+    flower by vultilion); those of scikit-image's package, which says where each is from.
 
-    image: Any = load_sample_image(f"{name}.jpg")
-    return (image / 255.0) @ np.array([0.299, 0.587, 0.114])
+    **Raises:** `InputError` for another name, or where scikit-image is not installed.
+    """
+    check_choice("photograph", name, PHOTOGRAPHS)
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
+
+        image: Any = load_sample_image(f"{name}.jpg")
+        return (image / 255.0) @ np.array([0.299, 0.587, 0.114])
+    try:
+        from skimage import data
+    except ImportError:
+        raise InputError("photograph", f"{name} without scikit-image", "pip install 'fallline[data]'") from None
+    return np.asarray(getattr(data, name)(), np.float64) / 255.0
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from ..core.errors import InputError, check_choice, check_count
 from ..core.optimizer import optimizer
 from ..core.stopping import gradient_norm
 from ..data.files import IMAGES, read_image, read_patterns
-from ..data.packaged import photograph
+from ..data.packaged import PHOTOGRAPHS, photograph
 from ..recovery.losses import Amplitude, Intensity, Loss, ReweightedAmplitude, TruncatedAmplitude, TruncatedPoisson
 from ..recovery.operators import CodedDiffraction
 from ..recovery.operators import coded_diffraction as random_masks
@@ -49,8 +49,9 @@ def coded_diffraction(
     """A photograph from the magnitudes of its coded diffraction patterns.
 
     **Arguments:**
-    - `data`: an image file, whose patterns are computed; or a `.npz` file with `masks` and `magnitudes` (or
-      `intensities`) that were measured. By default a photograph that scikit-learn carries.
+    - `data`: an image file, or the name of a photograph that a package carries (china, flower, camera, moon, cell),
+      whose patterns are computed; or a `.npz` file with `masks` and `magnitudes` (or `intensities`) that were
+      measured. By default china.
     - `loss`: intensity, truncated-poisson, amplitude, truncated-amplitude or reweighted-amplitude.
     - `patterns`: the number of masks L, with values in {±1, ±i}; `seed` draws them. Not for measured data.
 
@@ -64,17 +65,17 @@ def coded_diffraction(
     check_count("seed", seed, 0)
     chosen = _LOSSES[loss]()
     image: Float[np.ndarray, "height width"] | None = None
-    if data is None or Path(data).suffix.lower() in IMAGES:
-        image = photograph() if data is None else read_image(data)
+    named = "china" if data is None else data
+    if named in PHOTOGRAPHS or Path(named).suffix.lower() in IMAGES:
+        image = photograph(named) if named in PHOTOGRAPHS else read_image(named)
         op = random_masks(jax.random.key(seed), image.shape, patterns)
         intensities = np.asarray(jnp.abs(op.mv(jnp.asarray(real(image)))) ** 2)
-        source = "scikit-learn's photograph of a temple" if data is None else Path(data).name
-    elif Path(data).suffix.lower() == ".npz":
-        masks, intensities = read_patterns(data)
+    elif Path(named).suffix.lower() == ".npz":
+        masks, intensities = read_patterns(named)
         op = CodedDiffraction(masks.astype(np.result_type(real(0).dtype, np.complex64)))
-        source = Path(data).name
     else:
-        raise InputError("--data", data, f"an image ({', '.join(IMAGES)}) or a .npz file with masks and magnitudes")
+        kinds = f"an image ({', '.join(IMAGES)}), a .npz file with masks and magnitudes, or {', '.join(PHOTOGRAPHS)}"
+        raise InputError("--data", named, kinds)
     problem = Recovery(op, real(intensities), loss=chosen)
     begin = start("truncated", real=image is not None)
 
@@ -98,7 +99,7 @@ def coded_diffraction(
     return Instance(
         problem=problem,
         start=lambda key: begin(problem, key),
-        description=f"Coded diffraction: {source}, {size}, by the loss {loss}.",
+        description=f"Coded diffraction: {Path(named).name}, {size}, by the loss {loss}.",
         answer="the image itself, up to its sign, where there are enough patterns",
         measure=measure,
         view=view if len(op.shape) == 2 else None,

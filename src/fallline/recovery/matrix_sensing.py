@@ -43,6 +43,7 @@ symmetric part alone; a warning says so.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,7 @@ from .structures import PSD, TwoFactors
 
 __all__ = ["METHODS", "matrix_sensing"]
 
+_ENOUGH = 2.0  # times the degrees of freedom: at 2.05 times nine of ten Gaussian instances are recovered
 _SMALL = 1e-2  # standard deviation of a small random start, in units of √σ₁
 
 
@@ -123,7 +125,8 @@ def matrix_sensing(
 
     **Returns:** the `Solution`; its `x` is `Factors(L, R)`, or the array X.
 
-    **Raises:** `InputError` where an argument cannot be used. Warns where all measurement matrices are symmetric.
+    **Raises:** `InputError` where an argument cannot be used. Warns where there are fewer than two measurements for
+    each degree of freedom, and where all measurement matrices are symmetric.
     """
     check_choice("method", method, METHODS)
     if psd and method not in _PSD_TOO:
@@ -141,12 +144,22 @@ def matrix_sensing(
     check_nonnegative("balance", balance)
     structure = PSD(rank) if psd else TwoFactors(rank, balance)
     structure.check(op)
+    _warn_of_few(op, rank, psd)
     if not psd and _sees_symmetric_part_only(op):
         message = "op: all its measurement matrices are symmetric, so L Rᵀ is found up to its antisymmetric part; "
         warnings.warn(message + "psd=True recovers a positive semidefinite matrix", stacklevel=2)
     solver = METHODS[method]() if step_size is None else METHODS[method](step_size)
     start = small_random if small else init
     return recover(op, y, structure, init=start, solver=solver, steps=steps, stop=stop, key=key, **options)
+
+
+def _warn_of_few(op: Operator, rank: int, psd: bool) -> None:
+    m, (n1, n2) = math.prod(op.out_shape), op.shape
+    freedom = n1 * rank - rank * (rank - 1) // 2 if psd else rank * (n1 + n2 - rank)
+    if m < _ENOUGH * freedom:
+        times = f"y: {m} measurements are {m / freedom:.2g} times the {freedom} degrees of freedom; "
+        wanted = f"recovery wants {_ENOUGH:g} times and more (m of order n r in theory, whose constants are not known)"
+        warnings.warn(times + wanted, stacklevel=3)
 
 
 def small_random(problem: Recovery, key: Array) -> PyTree:
