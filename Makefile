@@ -62,7 +62,7 @@ contracts: .venv/dev.stamp  ## import-linter: who may import whom
 	@$(BIN)/lint-imports --no-logo
 
 docs: .venv/docs.stamp  ## The documentation, into docs/_build/html; warnings are errors
-	@$(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@env -u MPLBACKEND $(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: .venv/dev.stamp  ## The benchmarks, one file after the other
