@@ -301,7 +301,7 @@ def _draw_spectra(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
     for truth, found in zip(measured["spectra"]["truth"], measured["spectra"]["found"], strict=True):
         axes[0].plot(truth, color="#999")
         axes[0].plot(found, color="#1f5fa8", linewidth=0.9)
-    axes[0].set(xlabel="band", ylabel="radiance of two pixels: grey measured, blue completed")
+    axes[0].set(xlabel="band", ylabel="radiance of two pixels", title="grey: measured, blue: completed")
 
 
 INDIAN_PINES = Claim(
