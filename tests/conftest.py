@@ -1,5 +1,8 @@
 """What every test file shares: the precision of the run."""
 
+import itertools
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -24,3 +27,16 @@ def dtype(request):
     """Both precisions in turn, with JAX's mode to match; the value is NumPy's dtype."""
     with jax.enable_x64(request.param == "float64"):
         yield np.dtype(request.param)
+
+
+_MOST_MAPS = 30_000
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Drop compiled programs before there are too many: each maps pieces of memory, of which a process has 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests) % 20 == 0 and maps.exists() and maps.read_text().count("\n") > _MOST_MAPS:
+        jax.clear_caches()
