@@ -238,17 +238,14 @@ def _run(call: _Call, checkpoint: Path | None, json: bool, quiet: bool) -> int:
 
 def _method(call: _Call, target: Target, chosen: dict[str, Any]) -> tuple[Solver, StoppingRule | str]:
     """The solver that was named, or the problem's own, and where it stops."""
+    stop = (target.stop or "auto") if call.tolerance is None else gradient_norm(call.tolerance)
     if call.solver is not None:
-        solver, stop = choose_solver(call.solver, chosen, call.seed), "auto"
-    elif target.solver is None:
+        return choose_solver(call.solver, chosen, call.seed), stop
+    if target.solver is None:
         raise InputError("--with", "nothing", f"a method or an optimizer: {target.name} has none of its own")
-    elif chosen:
+    if chosen:
         raise InputError("--set", ", ".join(chosen), "none without --with: they are options of a solver")
-    else:
-        solver, stop = target.solver, "auto"
-    if target.stop is not None:
-        stop = target.stop
-    return solver, stop if call.tolerance is None else gradient_norm(call.tolerance)
+    return target.solver, stop
 
 
 @contextlib.contextmanager

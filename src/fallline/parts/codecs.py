@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from ..core import trees
 from ..core.errors import InputError, check_choice, check_count
+from ..core.setup import check_key
 
 __all__ = ["QSGD", "Codec", "Plain", "RandomK", "Signs", "TopK", "largest", "pack", "unpack"]
 
@@ -40,7 +41,7 @@ _BLOCK = 64  # entries of which the first level of `largest` keeps the maximum
 
 
 class Codec(eqx.Module):
-    """`random` says that `encode` needs a key; `exact` that what arrives is what was sent."""
+    """`random` says that `encode` needs a key, or a seed."""
 
     random: ClassVar[bool] = False
 
@@ -118,9 +119,7 @@ class RandomK(_Sparse):
 
     def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
         _check_vector(v)
-        if key is None:
-            raise InputError("key", None, "a key of jax.random: RandomK draws the entries")
-        indices = jax.random.permutation(key, len(v))[: self.count(len(v))].astype(jnp.int32)
+        indices = jax.random.permutation(check_key(key, "RandomK"), len(v))[: self.count(len(v))].astype(jnp.int32)
         return indices, v[indices]
 
 
@@ -175,11 +174,10 @@ class QSGD(Codec):
 
     def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
         _check_vector(v)
-        if key is None:
-            raise InputError("key", None, "a key of jax.random: QSGD rounds at random")
+        drawn = check_key(key, "QSGD")
         size = jnp.max(jnp.abs(v)) if self.norm == "max" else jnp.linalg.norm(v)
         scaled = jnp.abs(v) * (self.levels / jnp.where(size > 0, size, 1))
-        level = jnp.floor(scaled + jax.random.uniform(key, v.shape, v.dtype))
+        level = jnp.floor(scaled + jax.random.uniform(drawn, v.shape, v.dtype))
         # Rounding in the sum above must not lift the largest entry over the top.
         level = jnp.minimum(level, self.levels).astype(jnp.int32)
         signed = jnp.where(v < 0, -level, level) + self.levels
