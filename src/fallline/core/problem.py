@@ -91,6 +91,10 @@ class Problem(eqx.Module):
         """What the user's function returns beside its value, where it does (`has_aux`)."""
         return None
 
+    def of_arrays(self, rebuild: Callable[[PyTree], PyTree]) -> Problem:
+        """The problem of points as arrays alone; `rebuild` gives them the form of the user's (a model's, say)."""
+        return self
+
     @property
     def label(self) -> str:
         """The name that messages use."""
@@ -354,6 +358,7 @@ def bind(
         return _bind_objective(problem, x, rebuild)
     if type(problem) is FiniteSum:  # a subclass has oracles of its own
         return _bind_finite_sum(problem, x, rebuild, needs)
+    problem = problem.of_arrays(rebuild)
     shape = _guard(problem.label, lambda: jax.eval_shape(problem.value, x))
     _check_scalar(problem.label, shape)
     return problem

@@ -2,6 +2,7 @@
 
     payload = codec.encode(v, key=key)      arrays, packed: their bytes are what is sent
     codec.decode(payload, n)                a vector of n numbers
+    codec.total(payloads, n)                the sum of what many payloads say
 
 | codec      | payload                          | decoded                                              |
 |------------|----------------------------------|------------------------------------------------------|
@@ -10,6 +11,7 @@
 | `RandomK`  | k indices, k values              | k entries, uniformly without replacement             |
 | `Signs`    | n bits, and a scale              | scale · sign(v), sign(0) = 1                         |
 | `QSGD`     | ⌈log₂(2s + 1)⌉ bits each, a norm | ‖v‖ sign(v) ξ/s, ξ the stochastic rounding of s|v|/‖v‖ |
+| `Split`    | one of another codec for each piece | piece by piece                                    |
 
 Bits are packed in planes: bit j of word w belongs to entry j W + w, with W words in all, so that packing and unpacking
 read and write whole stretches of memory.
@@ -22,7 +24,9 @@ Section 3.1.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -34,9 +38,10 @@ from ..core import trees
 from ..core.errors import InputError, check_choice, check_count
 from ..core.setup import check_key
 
-__all__ = ["QSGD", "Codec", "Plain", "RandomK", "Signs", "TopK", "largest", "pack", "unpack"]
+__all__ = ["QSGD", "Codec", "Plain", "RandomK", "Signs", "Split", "TopK", "largest", "pack", "unpack"]
 
 _WORD = 32
+_UNROLLED = 64  # payloads that one fused pass sums
 _BLOCK = 64  # entries of which the first level of `largest` keeps the maximum
 
 
@@ -52,6 +57,17 @@ class Codec(eqx.Module):
     def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
         """What it says, a vector of n numbers."""
         raise NotImplementedError
+
+    def total(self, payloads: PyTree, n: int) -> Float[Array, " n"]:
+        """The sum, in order, of what stacked payloads say."""
+        count = jax.tree.leaves(payloads)[0].shape[0]
+
+        def one(i: Any) -> Array:
+            return self.decode(jax.tree.map(lambda a: a[i], payloads), n)
+
+        if count > _UNROLLED:
+            return jax.lax.fori_loop(1, count, lambda i, total: total + one(i), one(0))
+        return sum((one(i) for i in range(1, count)), start=one(0))
 
     def nbytes(self, n: int, dtype: Any = jnp.float32) -> int:
         """Bytes on the wire for a vector of n numbers."""
@@ -101,6 +117,10 @@ class _Sparse(Codec):
     def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
         indices, values = payload
         return jnp.zeros(n, values.dtype).at[indices].set(values, unique_indices=True)
+
+    def total(self, payloads: PyTree, n: int) -> Float[Array, " n"]:
+        indices, values = payloads
+        return jnp.zeros(n, values.dtype).at[indices.ravel()].add(values.ravel())
 
 
 class TopK(_Sparse):
@@ -187,6 +207,40 @@ class QSGD(Codec):
         words, size = payload
         level = unpack(words, self._bits, n).astype(jnp.int32) - self.levels
         return level.astype(size.dtype) * (size / self.levels)
+
+
+class Split(Codec):
+    """Each piece of the vector with a payload, and so a scale and a k, of its own: layers of a network, say.
+
+    **Arguments:** `codec`; `sizes` — the lengths of the pieces, whose sum is the length of the vector.
+    """
+
+    codec: Codec
+    sizes: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, codec: Codec, sizes: Sequence[int]):
+        if not isinstance(codec, Codec):
+            raise InputError("codec", type(codec).__name__, "a codec")
+        if not sizes:
+            raise InputError("sizes", sizes, "at least one length")
+        for size in sizes:
+            check_count("sizes", size, 1)
+        self.codec, self.sizes = codec, tuple(int(size) for size in sizes)
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return self.codec.random
+
+    def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
+        _check_vector(v)
+        if sum(self.sizes) != len(v):
+            raise InputError("sizes", self.sizes, f"lengths whose sum is that of the vector, {len(v)}")
+        pieces = jnp.split(v, list(itertools.accumulate(self.sizes))[:-1])
+        keys = [None] * len(pieces) if key is None else jax.random.split(check_key(key, "Split"), len(pieces))
+        return [self.codec.encode(piece, key=key) for piece, key in zip(pieces, keys, strict=True)]
+
+    def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
+        return jnp.concatenate([self.codec.decode(p, size) for p, size in zip(payload, self.sizes, strict=True)])
 
 
 def pack(numbers: UInt32[Array, " n"], bits: int) -> UInt32[Array, " words"]:
