@@ -14,7 +14,7 @@ from fallline.claims.evidence import claims_of, committed
 from fallline.core.registry import KINDS, catalog
 
 TESTS = Path(__file__).resolve().parent.parent
-RUNNABLE = [name for name, row in catalog().items() if row.kind in ("solver", "transformation")]
+RUNNABLE = [name for name, row in catalog().items() if row.kind in ("solver", "transformation", "round", "driver")]
 
 
 @pytest.fixture(autouse=True)

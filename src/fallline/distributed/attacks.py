@@ -53,7 +53,7 @@ class Place(NamedTuple):
     """What an attack may know beside the messages: the coordinates of `x` that these are for, and a key."""
 
     x: Float[Array, " m"]
-    key: Array | None
+    key: Any
     first: Any  # the number of the first of these coordinates
 
 
@@ -188,5 +188,3 @@ def flip_labels(labels: Any, byzantine: int, classes: int) -> np.ndarray:
     flipped = labels.copy()
     flipped[len(labels) - byzantine :] = classes - 1 - flipped[len(labels) - byzantine :]
     return flipped
-
-

@@ -38,7 +38,7 @@ class Channel(eqx.Module):
         """Its memory; `nothing` is the payload of a message of zeros."""
         return None
 
-    def carry(self, payload: PyTree, memory: PyTree, key: Array | None) -> tuple[PyTree, PyTree]:
+    def carry(self, payload: PyTree, memory: PyTree, key: Any) -> tuple[PyTree, PyTree]:
         """What arrives, and the new memory."""
         raise NotImplementedError
 
@@ -66,7 +66,7 @@ class Drops(Channel):
     def init(self, nothing: PyTree) -> PyTree:
         return jnp.bool_(False), nothing
 
-    def carry(self, payload: PyTree, memory: PyTree, key: Array | None) -> tuple[PyTree, PyTree]:
+    def carry(self, payload: PyTree, memory: PyTree, key: Any) -> tuple[PyTree, PyTree]:
         arrived_before, last = memory
         lost = arrived_before & jax.random.bernoulli(key, self.probability)
         arrives = jax.tree.map(lambda old, new: jnp.where(lost, old, new), last, payload)
@@ -86,7 +86,7 @@ class Delays(Channel):
         line = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.depth, *jnp.shape(a))), nothing)
         return jnp.int32(0), line
 
-    def carry(self, payload: PyTree, memory: PyTree, key: Array | None) -> tuple[PyTree, PyTree]:
+    def carry(self, payload: PyTree, memory: PyTree, key: Any) -> tuple[PyTree, PyTree]:
         at, line = memory
         arrives = jax.tree.map(lambda a: a[at], line)
         line = jax.tree.map(lambda a, new: a.at[at].set(new), line, payload)
@@ -107,7 +107,7 @@ class Corrupts(Channel):
         check_probability("probability", probability)
         self.probability = probability
 
-    def carry(self, payload: PyTree, memory: PyTree, key: Array | None) -> tuple[PyTree, PyTree]:
+    def carry(self, payload: PyTree, memory: PyTree, key: Any) -> tuple[PyTree, PyTree]:
         words = to_words(payload)
         which, where = jax.random.split(key)
         hit = jax.random.bernoulli(which, self.probability, words.shape)

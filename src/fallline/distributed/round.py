@@ -325,7 +325,9 @@ class Round(Solver):
             sent, memory = _encode(self.downlink, aggregate, memory, encode)
             return sent, self._inside(memory, number, flat.size)
 
-        server_key = None if key is None else jax.random.fold_in(key, problem.workers.count)  # the one after the workers
+        server_key = (
+            None if key is None else jax.random.fold_in(key, problem.workers.count)
+        )  # the one after the workers
         shared = self._cut(flat), server_key
         if self.blocks == 1:
             item = jnp.int32(0), jax.tree.map(lambda a: a[:, 0], payloads), jax.tree.map(lambda a: a[0], memory)
@@ -336,7 +338,7 @@ class Round(Solver):
         return problem.workers.each(serve, (first + jnp.arange(served), payloads, memory), shared)
 
     def _received(self, payloads: PyTree, x: Float[Array, "B s"], number: Any, key: Array | None) -> PyTree:
-        """The payloads of a block with those of the Byzantine workers replaced, by what the codec makes of their words."""
+        """The payloads of a block; those of the Byzantine workers are what the codec makes of their words."""
         if self.attack is None or not (b := self.attack.byzantine):
             return payloads
         codec, size = codec_of(self.uplink), x.shape[1]
@@ -402,7 +404,9 @@ class Round(Solver):
         if not numbers:
             return ""
         one = len(numbers) == 1
-        return f"worker{'' if one else 's'} {some} sent {'a message that is' if one else 'messages that are'} not finite"
+        return (
+            f"worker{'' if one else 's'} {some} sent {'a message that is' if one else 'messages that are'} not finite"
+        )
 
 
 def codec_of(link: Link) -> Codec:

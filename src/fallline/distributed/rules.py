@@ -80,7 +80,8 @@ def scaled(step_size: Any, round_: Array, v: Array) -> Array:
     """A vector times a step size: a number, a schedule or None."""
     if step_size is None:
         return v
-    return (step_size(round_) if callable(step_size) else step_size) * v
+    size: Any = step_size(round_) if callable(step_size) else step_size
+    return size * v
 
 
 class Momentum(WorkerRule):

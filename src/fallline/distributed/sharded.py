@@ -1,6 +1,6 @@
 """The problem of many workers, each with data of its own.
 
-    f(x) = 1/n Σ_i f_i(x),   f_i(x) = 1/N Σ_j loss(x, data_ij)
+f(x) = 1/n Σ_i f_i(x),   f_i(x) = 1/N Σ_j loss(x, data_ij)
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class Sharded(Problem):
         losses = self.loss(x if self.rebuild is None else self.rebuild(x), batch)
         rows = jnp.shape(jax.tree.leaves(batch)[0])[0]
         if jnp.shape(losses) != (rows,) or not jnp.issubdtype(losses.dtype, jnp.floating):
-            raise InputError("loss", f"{trees.describe(losses)} from {rows} rows", f"one real loss a row: float[{rows}]")
+            raise InputError(
+                "loss", f"{trees.describe(losses)} from {rows} rows", f"one real loss a row: float[{rows}]"
+            )
         return jnp.mean(losses)
 
     def ask(self, x: PyTree, own: PyTree, key: Array | None) -> tuple[Float[Array, ""], PyTree]:
