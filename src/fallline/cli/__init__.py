@@ -18,8 +18,8 @@ INTERNAL_ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default that of the process) and return its exit code.
 
-    0 converged or done, 1 internal error, 2 bad input, 3 diverged, 5 not converged, 6 claim not reproduced,
-    130 interrupted.
+    0 converged or done, 1 internal error, 2 bad input, 3 diverged, 4 worker lost, 5 not converged, 6 claim not
+    reproduced, 130 interrupted.
     Results go to stdout; progress and errors, one line each, to stderr.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -21,6 +21,7 @@ __all__ = [
     "INTERRUPTED",
     "NOT_CONVERGED",
     "NOT_REPRODUCED",
+    "WORKER_LOST",
     "Flag",
     "Options",
     "Settings",
@@ -37,12 +38,12 @@ app = App(
     name="fallline",
     help="Minimize non-convex losses, and find out what kind of point the optimizer stopped at.",
     version=__version__,
-    help_epilogue="Exit codes: 0 converged or done, 1 internal error, 2 bad input, 3 diverged, 5 not converged, "
-    "6 claim not reproduced, 130 interrupted. `--debug` adds the traceback to an error.",
+    help_epilogue="Exit codes: 0 converged or done, 1 internal error, 2 bad input, 3 diverged, 4 worker lost, "
+    "5 not converged, 6 claim not reproduced, 130 interrupted. `--debug` adds the traceback to an error.",
     suppress_keyboard_interrupt=False,
 )
 
-DIVERGED, NOT_CONVERGED, NOT_REPRODUCED, INTERRUPTED = 3, 5, 6, 130
+DIVERGED, WORKER_LOST, NOT_CONVERGED, NOT_REPRODUCED, INTERRUPTED = 3, 4, 5, 6, 130
 EXIT = {Ending.CONVERGED: 0, Ending.DIVERGED: DIVERGED, Ending.INTERRUPTED: INTERRUPTED}
 
 Settings = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False, negative=())]

@@ -1,6 +1,6 @@
 """The commands, in modules by topic. Each returns its exit code, and prints its result to stdout."""
 
-from . import certifying, claiming, listing, racing, solving
+from . import certifying, claiming, launching, listing, racing, solving
 from .app import app
 
-__all__ = ["app", "certifying", "claiming", "listing", "racing", "solving"]
+__all__ = ["app", "certifying", "claiming", "launching", "listing", "racing", "solving"]

@@ -21,10 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from . import trees
 from .errors import FalllineError, InputError, check_nonnegative
+from .hosts import is_spread, placed, whole
 
 __all__ = ["Checkpoint", "CheckpointError", "Keeper", "digest", "read_arrays", "restore", "write_arrays"]
 
@@ -110,9 +112,11 @@ class Keeper:
         """Whether it is time for another."""
         return time.perf_counter() - self._saved >= self._checkpoint.seconds
 
-    def save(self, step: int, tree: PyTree) -> None:
-        """Write one."""
-        self._checkpoint.save(step, tree, self._about)
+    def save(self, step: int, tree: PyTree, *, write: bool = True) -> None:
+        """Write one; of several processes one writes, and all call this."""
+        tree = jax.tree.map(whole, tree)
+        if write:
+            self._checkpoint.save(step, tree, self._about)
         self._saved = time.perf_counter()
 
 
@@ -179,7 +183,7 @@ def restore(arrays: Mapping[str, Any], like: PyTree, prefix: str = "") -> PyTree
         if array is None or array.shape != leaf.shape or array.dtype != leaf.dtype:
             got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
             raise InputError("checkpoint", f"{got} for {name}", f"{leaf.dtype}{list(leaf.shape)}, as in this run")
-        return array if trees.is_key(leaf) else jnp.array(array)
+        return array if trees.is_key(leaf) else placed(array, leaf)
 
     return jax.tree_util.tree_map_with_path(take, like)
 
@@ -189,10 +193,21 @@ def digest(tree: Any) -> str:
     leaves, structure = jax.tree.flatten(tree)
     total = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(structure)).encode())
     for leaf in leaves:
-        if hasattr(leaf, "dtype"):
+        if is_spread(leaf):
+            total.update(_spread_digest(leaf))
+        elif hasattr(leaf, "dtype"):
             array = np.ascontiguousarray(jax.random.key_data(leaf) if trees.is_key(leaf) else leaf)
             total.update(f"{array.dtype}{array.shape}".encode())
             total.update(array.tobytes())
         else:
             total.update(re.sub(r"0x[0-9a-f]+", "", repr(leaf)).encode())
     return total.hexdigest()[:32]
+
+
+def _spread_digest(leaf: jax.Array) -> bytes:
+    """Of an array that is cut among processes: each hashes what it has, and all agree."""
+    mine = hashlib.sha256()
+    for shard in sorted(leaf.addressable_shards, key=lambda shard: str(shard.index)):
+        mine.update(np.ascontiguousarray(shard.data).tobytes())
+    said = multihost_utils.process_allgather(np.frombuffer(mine.digest(), np.uint8))
+    return np.asarray(said).tobytes()

@@ -39,6 +39,7 @@ from .chunk import (
     state_measures,
 )
 from .errors import InputError
+from .hosts import Hosts, is_spread
 from .problem import Problem
 from .program import Static
 from .progress import Bar, Progress, compile_clock, interruptible
@@ -187,6 +188,7 @@ class _Run:
         if pace.seconds is None and self.steps:
             with compile_clock.together():
                 compile_together(leaves, self.x, static=static, plan=self.plan, capacity=_ROWS)
+        hosts = Hosts((leaves, self.x))
         saved = None if keeper is None else keeper.load()
 
         def begin() -> tuple[Carry, Array]:
@@ -199,43 +201,55 @@ class _Run:
             records, spent = [saved["['records']"]], float(saved["['seconds']"])
         code, step = int(carry.watch.code), int(carry.step)
         size = 1 if pace.seconds is None else max(1, int(_CHUNK_SECONDS / pace.seconds))
+        size, now = hosts.agree(size, time.perf_counter() - clock + spent)
         measured, snapshot, looks = state_measures(carry.state), None, Calls()
         snapshot_time = told = time.perf_counter()
-        with interruptible() as interrupted, closing(Bar(self.solver.name, self.steps, progress)) as bar:
+        with (
+            interruptible() as interrupted,
+            closing(Bar(self.solver.name, self.steps, hosts.speaks and progress)) as bar,
+        ):
             while code <= Ending.RUNNING and step < self.steps:
                 first_row = step // every + 1
-                until = min(self.steps, step + size, (first_row + _ROWS) * every - 1)
+                until = min(self.steps, step + int(size), (first_row + _ROWS) * every - 1)
                 if until // every * every > step:
                     until = until // every * every
                 began = time.perf_counter() - compile_clock.seconds
-                carry = self._advance(carry, until, time.perf_counter() - clock + spent)
+                carry = self._advance(carry, until, now)
                 reached, code = int(carry.step), int(carry.watch.code)
                 took = time.perf_counter() - compile_clock.seconds - began
                 records.append(np.array(carry.rows)[: reached // every + 1 - first_row])
                 pace.seconds = max(took, 1e-9) / max(1, reached - step)
                 size = max(1, min(100 * size, int(_CHUNK_SECONDS / pace.seconds)))
                 step = reached
-                if code <= Ending.RUNNING and step < self.steps:
-                    enough = False
-                    if time.perf_counter() - told >= _CHUNK_SECONDS:  # the records may have kept the chunk short
-                        told, seen = time.perf_counter(), self._progress(carry, step, clock)
-                        bar.update(step, f"value {seen.value:.6g}  ‖∇f‖ {seen.gradient_norm:.2g}")
-                        enough = callback is not None and callback(seen)
-                    if enough or interrupted():
-                        code = encode(Ending.INTERRUPTED)
-                    elif time.perf_counter() - snapshot_time > _SNAPSHOT_SECONDS and (measured or step % every == 0):
-                        snapshot, snapshot_time = _to_host(carry), time.perf_counter()
+                going, enough = code <= Ending.RUNNING and step < self.steps, False
+                if going and time.perf_counter() - told >= _CHUNK_SECONDS:  # the records may have kept the chunk short
+                    told, seen = time.perf_counter(), self._progress(carry, step, clock)
+                    bar.update(step, f"value {seen.value:.6g}  ‖∇f‖ {seen.gradient_norm:.2g}")
+                    enough = callback is not None and callback(seen)
+                enough, stale, due, size, now = hosts.agree(
+                    bool(enough or interrupted()),
+                    time.perf_counter() - snapshot_time > _SNAPSHOT_SECONDS,
+                    keeper is not None and keeper.is_due(),
+                    size,
+                    time.perf_counter() - clock + spent,
+                )
+                if going and enough:
+                    code = encode(Ending.INTERRUPTED)
+                elif going and stale and (measured or step % every == 0):
+                    snapshot, snapshot_time = _to_host(carry), time.perf_counter()
                 over = code > Ending.RUNNING or step >= self.steps
-                if keeper is not None and code != encode(Ending.DIVERGED) and (over or keeper.is_due()):
+                if keeper is not None and code != encode(Ending.DIVERGED) and (over or due):
                     sound = measured or step % every == 0
                     if over and not sound:  # nobody has looked at this point
                         seen_last, _, paid = self._finish(carry.state)
                         sound, looks = _is_finite(seen_last), looks + paid
                     if sound:
                         seconds = np.float64(time.perf_counter() - clock + spent)
-                        keeper.save(step, {"carry": carry, "records": np.concatenate(records), "seconds": seconds})
+                        kept = {"carry": carry, "records": np.concatenate(records), "seconds": seconds}
+                        keeper.save(step, kept, write=hosts.speaks)
 
         account = [carry.state.calls, carry.extra, looks]
+        cause = ""
         point, aux, more = (None, None, Calls()) if code == encode(Ending.DIVERGED) else self._finish(carry.state)
         account.append(more)
         if point is None or not _is_finite(point):
@@ -244,11 +258,12 @@ class _Run:
                 carry, step = self._before_loss(_to_host(begin()[0]) if snapshot is None else snapshot, step)
             point, aux, more = self._finish(carry.state)
             account.append(more)
+            cause = self._cause(carry.state, step)
         ending, test = decode(encode(Ending.STEP_LIMIT) if code <= Ending.RUNNING else code)
         table = np.concatenate(records)
         history = {name: table[:, i] for i, name in enumerate(self.plan.record)}
         history["step"] = np.arange(len(table)) * every
-        status = Status(np.int32(ending), np.int32(step), np.int32(test), self.names, self.solver.name)
+        status = Status(np.int32(ending), np.int32(step), np.int32(test), self.names, self.solver.name, cause)
         elapsed = time.perf_counter() - clock
         return Solution(
             self.rebuild(carry.state.x),
@@ -280,6 +295,11 @@ class _Run:
             return Point(state.value.astype(self.dtype), state.gradient_norm.astype(self.dtype)), None, Calls()
         leaves, static = self.split
         return compiled_finish(leaves, state, static=static)
+
+    def _cause(self, state: Any, lost: int) -> str:
+        """What the solver knows of why the step `lost` after `state` was lost."""
+        key = jax.random.fold_in(self.numbers.key, lost) if self.plan.random else None
+        return self.solver.cause(self.problem, state, key=key)
 
     def _before_loss(self, snapshot: Carry, lost: int) -> tuple[Carry, int]:
         """The last finite point before the step `lost`, and the step that lost it.
@@ -323,11 +343,11 @@ def _is_finite(point: Point) -> bool:
 
 
 def _to_host(tree: Any) -> Any:
-    """A copy in host memory that survives the donation of the original."""
+    """A copy, in host memory where it can be, that survives the donation of the original."""
     # A key of `jax.random` (an optimizer's own) has no NumPy form.
-    return jax.tree.map(lambda leaf: leaf.copy() if trees.is_key(leaf) else np.array(leaf), tree)
+    return jax.tree.map(lambda leaf: leaf.copy() if trees.is_key(leaf) or is_spread(leaf) else np.array(leaf), tree)
 
 
 def _to_device(tree: Any) -> Any:
     """A copy to donate."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf.copy()), tree)
+    return jax.tree.map(lambda leaf: leaf.copy() if is_spread(leaf) else jax.device_put(leaf.copy()), tree)

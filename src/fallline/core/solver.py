@@ -54,6 +54,10 @@ class Solver(eqx.Module):
     def check(self, problem: Problem, x: PyTree) -> None:
         """Refuse, before a run is compiled, a problem or a start with which the method cannot succeed."""
 
+    def cause(self, problem: Problem, state: Any, *, key: Array | None) -> str:
+        """Why the step after `state`, whose key this is, was lost, in words; empty where there is nothing to say."""
+        return ""
+
     def stopping(self) -> StoppingRule | None:
         """The rule that `minimize` uses for `stop="auto"`."""
         return gradient_norm(1e-6)

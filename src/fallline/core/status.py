@@ -43,7 +43,8 @@ class Status(eqx.Module):
     """How a run ended, and at which step.
 
     **Fields:** `code`, an `Ending` as int32 scalar; `step`, int32 scalar; `test`, the index of the
-    stopping rule that was met (−1: the solver's own test). All three batch under `vmap`.
+    stopping rule that was met (−1: the solver's own test). All three batch under `vmap`. `cause`: what
+    the solver says of a step that was lost.
     """
 
     code: Any
@@ -51,6 +52,7 @@ class Status(eqx.Module):
     test: Any
     tests: tuple[str, ...] = eqx.field(static=True, default=())
     solver: str = eqx.field(static=True, default="solver")
+    cause: str = eqx.field(static=True, default="")
 
     @property
     def ending(self) -> Ending:
@@ -85,7 +87,8 @@ class Status(eqx.Module):
             codes, counts = np.unique(np.asarray(self.code), return_counts=True)
             return ", ".join(f"{n} × {_words(Ending(int(c)))}" for c, n in zip(codes, counts, strict=True))
         by = f" by {self.met}" if self.met else ""
-        return f"{self.name}{by} at step {int(self.step)}"
+        because = f": {self.cause}" if self.cause else ""
+        return f"{self.name}{by} at step {int(self.step)}{because}"
 
     def __repr__(self) -> str:
         return f"<Status: {self}>"
