@@ -125,22 +125,24 @@ class Round(Solver):
         label: str = "Round",
     ):
         kinds = {
-            "worker": (worker, WorkerRule),
-            "uplink": (uplink, Link),
-            "aggregator": (aggregator, Aggregator),
-            "downlink": (downlink, Link | None),
-            "server": (server, ServerRule),
-            "channel": (channel, Channel | None),
-            "attack": (attack, Attack | None),
-            "reads": (reads, StaleReads | None),
+            "worker": (worker, WorkerRule, "a worker rule such as Gradient()"),
+            "uplink": (uplink, Link, "a codec such as Signs(), or ErrorFeedback of one"),
+            "aggregator": (aggregator, Aggregator, "an aggregator such as Mean()"),
+            "downlink": (downlink, Link | None, "a codec such as Signs(), ErrorFeedback of one, or None"),
+            "server": (server, ServerRule, "a server rule such as Step(optax.sgd, learning_rate=0.1)"),
+            "channel": (channel, Channel | None, "a channel such as Drops(0.1), or None"),
+            "attack": (attack, Attack | None, "an attack such as SignFlip(1), or None"),
+            "reads": (reads, StaleReads | None, "StaleReads(most), or None"),
         }
-        for name, (part, kind) in kinds.items():
+        for name, (part, kind, expected) in kinds.items():
             if not isinstance(part, kind):
-                raise InputError(name, type(part).__name__, getattr(kind, "__name__", str(kind)))
+                got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+                raise InputError(name, got, expected)
         check_count("blocks", blocks, 1)
         check_choice("exchange", exchange, ("gathered", "sliced"))
         if not aggregator.coordinatewise and (blocks > 1 or exchange == "sliced"):
-            raise InputError("aggregator", type(aggregator).__name__, "one by coordinate, for more than one block")
+            expected = 'one by coordinate, for more than one block or exchange="sliced"'
+            raise InputError("aggregator", type(aggregator).__name__, expected)
         if exchange == "sliced" and downlink is None:
             raise InputError("downlink", None, 'a codec, for exchange="sliced": the aggregates are sent too')
         self.worker, self.uplink, self.aggregator = worker, uplink, aggregator
@@ -165,8 +167,10 @@ class Round(Solver):
         assert isinstance(problem, Sharded)
         workers, size = problem.workers, trees.flat_size(x)
         self.aggregator.check(workers.count)
+        self.server.check(x)
         if self.attack is not None:
             self._check_attack(workers.count)
+            self.attack.check(size)
         if self.blocks > size:
             raise InputError("blocks", self.blocks, f"at most the size of the point, {size}")
         if self.exchange == "sliced" and self.blocks % workers.devices:
@@ -174,16 +178,16 @@ class Round(Solver):
         for link in (self.uplink, self.downlink):  # a k or sizes that do not fit are refused here
             if link is not None:
                 codec_of(link).nbytes(self._piece(size), trees.real_dtype(x))
-        if isinstance(self.channel, Delays) and not codec_of(self.uplink).random:
-            silent = codec_of(self.uplink)
-            if bool(jnp.any(silent.decode(silent.encode(jnp.zeros(4)), 4) != 0)):
-                raise InputError("channel", "Delays", f"a codec that can say nothing; {silent} has no zero")
+        if isinstance(self.channel, Delays):
+            silent, n = codec_of(self.uplink), self._piece(size)
+            if bool(jnp.any(silent.decode(silent.encode(jnp.zeros(n), key=jax.random.key(0)), n) != 0)):
+                raise InputError("channel", "Delays", f"an uplink that can say nothing; {silent} has no zero")
 
     def _check_attack(self, n: int) -> None:
         assert self.attack is not None
         b, limit = self.attack.byzantine, self.aggregator.tolerates(n)
-        if b > n:
-            raise InputError("attack", f"{b} Byzantine workers", f"at most the number of workers, {n}")
+        if b >= n:
+            raise InputError("attack", f"{b} Byzantine workers", f"fewer than the {n} workers: some are honest")
         if limit is not None and b > limit[0] and not self.attack.beyond_tolerance:
             name = type(self.aggregator).__name__
             raise InputError("attack", f"{b} Byzantine workers of {n}", f"{limit[1]}, which is what {name} tolerates")
@@ -197,9 +201,10 @@ class Round(Solver):
         up = self.blocks * codec_of(self.uplink).nbytes(piece, dtype)
         answer = 0 if self.downlink is None else self.blocks * codec_of(self.downlink).nbytes(piece, dtype)
         down = (workers.count - 1) * up if self.downlink is None else answer
-        transport = local * up * (devices - 1)
+        sent = local * (up + self.blocks * jnp.dtype(dtype).itemsize)  # with each payload a value of the sample
+        transport = sent * (devices - 1)
         if self.exchange == "sliced":
-            transport = (local * up + answer) * (devices - 1) // devices
+            transport = (sent + answer) * (devices - 1) // devices
         return Account(up, down, size * jnp.dtype(dtype).itemsize, transport)
 
     def _piece(self, size: int) -> int:
@@ -251,12 +256,12 @@ class Round(Solver):
             *mine, answers = local
             x, server, everywhere, reads, rounds, key = shared
             payloads, kept, values = self._up(problem, mine, (x, reads, rounds, key))
-            payloads, first = self._exchange(problem, payloads)
+            (payloads, values), first = self._exchange(problem, (payloads, _repeat(values, self.blocks).T))
             sent, answers = self._answer(problem, payloads, answers if sliced else everywhere, x, first, key)
             if sliced and problem.workers.mesh is not None:
                 sent = _as_words(problem.workers.gather, sent, 1)
             x, server = self._move(sent, x, server)
-            value = self._value(problem.workers.gather(values))
+            value = self._value(values[:, 0])
             return (*kept, answers if sliced else None), (x, server, None if sliced else answers, value)
 
         (worker, uplink, channel, mine), (x, server, whole, value) = problem.workers.spread(stage)(local, shared)
@@ -298,7 +303,7 @@ class Round(Solver):
         return problem.workers.each(work, (problem.workers.ids(), local), shared)
 
     def _exchange(self, problem: Sharded, payloads: PyTree) -> tuple[PyTree, Any]:
-        """Payloads (n, b, …) of all workers for the blocks that this device serves, and the number of the first."""
+        """What all workers send for the blocks that this device serves, (n, b, …), and the number of the first."""
         workers = problem.workers
         if workers.mesh is None:
             return payloads, 0
@@ -316,7 +321,7 @@ class Round(Solver):
         def serve(item: PyTree, shared: PyTree) -> PyTree:
             number, payloads, memory = item
             x, key = shared
-            strike, encode = _keys(None if key is None else jax.random.fold_in(key, number), 2)
+            strike, encode = _server_keys(key, problem.workers.count, number)
             payloads = self._received(payloads, x, number, strike)
             aggregate = self.aggregator.of_payloads(payloads, codec_of(self.uplink), x.shape[1]).astype(x.dtype)
             aggregate = self._inside(aggregate, number, flat.size)
@@ -325,10 +330,7 @@ class Round(Solver):
             sent, memory = _encode(self.downlink, aggregate, memory, encode)
             return sent, self._inside(memory, number, flat.size)
 
-        server_key = (
-            None if key is None else jax.random.fold_in(key, problem.workers.count)
-        )  # the one after the workers
-        shared = self._cut(flat), server_key
+        shared = self._cut(flat), key
         if self.blocks == 1:
             item = jnp.int32(0), jax.tree.map(lambda a: a[:, 0], payloads), jax.tree.map(lambda a: a[0], memory)
             item, shared = jax.lax.optimization_barrier((item, shared))
@@ -389,7 +391,7 @@ class Round(Solver):
             x, key = self._cut(trees.flatten(shared[0])), shared[3]
             sound = jnp.bool_(True)
             for number in range(self.blocks):
-                strike = None if key is None else jax.random.fold_in(key, number)
+                strike, _ = _server_keys(key, workers.count, number)
                 arrived = self._received(jax.tree.map(lambda a, b=number: a[b], blocks), x, number, strike)
                 said = jax.vmap(lambda payload: codec_of(self.uplink).decode(payload, size))(arrived)
                 sound = sound & jnp.all(jnp.isfinite(said), axis=1)
@@ -403,6 +405,8 @@ class Round(Solver):
         some = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
         if not numbers:
             return ""
+        if len(numbers) == workers.count > 1:
+            return "all workers sent messages that are not finite"
         one = len(numbers) == 1
         return (
             f"worker{'' if one else 's'} {some} sent {'a message that is' if one else 'messages that are'} not finite"
@@ -441,6 +445,11 @@ def _over(fn: Any, first: PyTree, *rest: PyTree) -> PyTree:
 def _keys(key: Array | None, count: int) -> list[Any]:
     """Several keys of one, or none of none."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def _server_keys(key: Array | None, count: int, number: Any) -> list[Any]:
+    """Those of the attack and of the answer for a block: the server has the number after the workers'."""
+    return _keys(None if key is None else jax.random.fold_in(jax.random.fold_in(key, count), number), 2)
 
 
 def _block_keys(key: Array | None, count: int) -> Array | None:
