@@ -165,8 +165,10 @@ def _beat_of(file: Path) -> float | None:
 
 
 def _pass_on(rank: int, pipe: IO[bytes] | None, out: IO[str]) -> None:
-    """What a process prints, line by line."""
+    """What a process prints, line by line, but for the greeting of JAX's transport, which cannot be switched off."""
     assert pipe is not None
     for line in pipe:
+        if line.startswith(b"[Gloo] Rank "):
+            continue
         out.write(f"[{rank}] {line.decode(errors='replace')}")
         out.flush()

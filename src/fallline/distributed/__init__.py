@@ -1,5 +1,7 @@
 """Rounds of many workers: compression, error feedback, lossy links, Byzantine workers, simulated or real."""
 
+from ..parts.codecs import QSGD, Plain, RandomK, Signs, Split, TopK
+from ..parts.feedback import ErrorFeedback
 from .aggregators import IterativeFiltering, Majority, Mean, Median, Total, TrimmedMean
 from .attacks import (
     InnerProduct,
@@ -19,11 +21,13 @@ from .sharded import Sharded, shard
 from .workers import mesh_of
 
 __all__ = [
+    "QSGD",
     "Account",
     "Adopt",
     "Corrupts",
     "Delays",
     "Drops",
+    "ErrorFeedback",
     "Gradient",
     "InnerProduct",
     "IterativeFiltering",
@@ -36,12 +40,17 @@ __all__ = [
     "Momentum",
     "NotANumber",
     "RandomSigns",
+    "Plain",
+    "RandomK",
     "Round",
     "SaddlePoint",
     "Sharded",
     "SignFlip",
+    "Signs",
+    "Split",
     "StaleReads",
     "Step",
+    "TopK",
     "Total",
     "TrimmedMean",
     "flip_labels",
