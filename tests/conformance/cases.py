@@ -23,6 +23,11 @@ from fallline import (
     subgm_robust_recovery,
     target_surrogate,
 )
+from fallline.distributed.aggregators import Median
+from fallline.distributed.byzantine_pgd import byzantine_pgd
+from fallline.distributed.double_squeeze import double_squeeze
+from fallline.distributed.sharded import Sharded
+from fallline.distributed.topk_sparsified import topk_sparsified
 from fallline.recovery import (
     PSD,
     Absolute,
@@ -182,6 +187,31 @@ def factors(dtype):
     return Factors(jnp.asarray(left.reshape(37, 2), dtype), jnp.asarray(right.reshape(3, 2), dtype))
 
 
+def of_hidden_signs(x, batch):
+    rows, labels = batch
+    return logistic(tanh_of_rows(x, rows), labels)
+
+
+class CountedShards(Sharded):
+    """8 workers with 5 examples each, in 37 coordinates; what all workers are asked at once counts once."""
+
+    tick: Any = eqx.field(static=True)
+
+    def __init__(self, dtype, tick, batch_size=3):
+        rows = np.sin(np.arange(40 * 37.0) ** 1.5).reshape(8, 5, 37)
+        labels = np.where(np.arange(40) % 3 == 0, 1.0, -1.0).reshape(8, 5)
+        super().__init__(of_hidden_signs, (jnp.asarray(rows, dtype), jnp.asarray(labels, dtype)), batch_size)
+        self.tick = tick
+
+    def ask(self, x, own, key):
+        ticked(self.tick, "gradient" if key is None else "minibatch")
+        return super().ask(x, own, key)
+
+    def value(self, x):
+        ticked(self.tick, "value")
+        return super().value(x)
+
+
 CASES = {
     "power-k-means": Case(
         lambda: power_k_means(-1.0, eta=1.2),
@@ -235,5 +265,24 @@ CASES = {
         lambda: subgm_robust_recovery(0.2, 0.93),
         with_outliers,
         lambda dtype: jnp.asarray(0.1 * np.sin(np.arange(21.0) ** 2).reshape(7, 3), dtype),
+    ),
+    "double-squeeze": Case(
+        lambda: double_squeeze(0.1),
+        lambda: double_squeeze(0.05),
+        CountedShards,
+        near_the_saddle,
+    ),
+    "topk-sparsified": Case(
+        lambda: topk_sparsified(0.1, 4),
+        lambda: topk_sparsified(0.05, 4),
+        CountedShards,
+        near_the_saddle,
+    ),
+    "byzantine-pgd": Case(
+        lambda: byzantine_pgd(0.2, Median(), gradient_threshold=0.4, radius=0.3, distance=0.2, patience=3, attempts=3),
+        lambda: byzantine_pgd(0.1, Median(), gradient_threshold=0.3, radius=0.2, distance=0.1, patience=4, attempts=4),
+        CountedShards,
+        near_the_saddle,
+        copies=3,  # the candidate and the anchor are copies of x, and x is the candidate again where it returns
     ),
 }

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fallline.core.errors import InputError
-from fallline.parts.codecs import QSGD, Plain, RandomK, Signs, TopK, largest, pack, unpack
+from fallline.parts.codecs import QSGD, Plain, RandomK, Signs, Split, TopK, largest, pack, unpack
 
 KEY = jax.random.key(3)
 CODECS = {
@@ -125,6 +125,67 @@ def test_qsgd_is_unbiased_and_on_its_grid(codec):
     assert np.all(np.abs(arrived.mean(axis=0) - v) < 5 * error)
 
 
+SIZES = (30, 7, 63)
+
+
+def test_pieces_have_a_payload_each():
+    """Each piece is the codec's own work: the two largest of each, and the ℓ1 scale of each."""
+    v = vector(100)
+    pieces = np.split(v, [30, 37])
+    kept = np.zeros(100, np.float32)
+    for at, piece in zip((0, 30, 37), pieces, strict=True):
+        chosen = at + largest_of_numpy(np.abs(piece), 2)
+        kept[chosen] = v[chosen]
+    np.testing.assert_array_equal(sent(Split(TopK(2), SIZES), v)[1], kept)
+    signs = np.concatenate([np.abs(piece).mean() * np.where(piece >= 0, 1, -1) for piece in pieces])
+    np.testing.assert_allclose(sent(Split(Signs("l1"), SIZES), v)[1], signs, rtol=1e-6)
+
+
+def test_a_share_is_of_each_piece():
+    """A tenth of 30, of 7 and of 63: 3, 1 and 6, at 8 bytes each."""
+    assert Split(TopK(density=0.1), SIZES).nbytes(100) == 8 * (3 + 1 + 6)
+    assert Split(Signs(), SIZES).nbytes(100) == 4 * (1 + 1 + 2) + 3 * 4
+    assert Split(QSGD(1), SIZES).nbytes(100) == 4 * (2 + 1 + 4) + 3 * 4  # 2 bits each: 16 to a word
+
+
+def test_pieces_draw_for_themselves():
+    """Equal pieces would have equal payloads if they had one key."""
+    codec = Split(RandomK(3), (50, 50))
+    first, second = codec.encode(jnp.ones(100), key=KEY)
+    assert codec.random and not np.array_equal(first[0], second[0])
+    again = codec.encode(jnp.ones(100), key=KEY)
+    np.testing.assert_array_equal(again[0][0], first[0])
+    assert not Split(TopK(3), (50, 50)).random
+
+
+def test_one_piece_is_the_codec_itself():
+    v = vector(40)
+    for codec in (TopK(3), Signs("l2"), Plain()):
+        np.testing.assert_array_equal(sent(Split(codec, [40]), v)[1], sent(codec, v)[1])
+
+
+@pytest.mark.parametrize("name", [*CODECS, "pieces"])
+@pytest.mark.parametrize("count", [5, 70])
+def test_the_total_is_the_sum_of_what_they_say(name, count):
+    """In order; of 70 in a loop. The reference sums what `decode` gives in float64."""
+    codec = {**CODECS, "pieces": Split(TopK(2), (25, 15))}[name]
+    keys = jax.random.split(KEY, count)
+    v = jnp.asarray(np.random.default_rng(4).normal(size=(count, 40)).astype(np.float32))
+    payloads = jax.vmap(lambda v, key: codec.encode(v, key=key))(v, keys)
+    said = jax.vmap(lambda payload: codec.decode(payload, 40))(payloads)
+    total = codec.total(payloads, 40)
+    assert total.shape == (40,) and total.dtype == np.float32
+    expected = np.asarray(said, np.float64).sum(axis=0)
+    np.testing.assert_allclose(total, expected, atol=count * 1e-7 * max(1.0, np.abs(said).sum(axis=0).max()))
+
+
+def test_votes_and_entries_at_one_place_add_up():
+    """Whole numbers, so that nothing is rounded."""
+    v = jnp.asarray([[9.0, 1.0, 0.0], [9.0, -1.0, 2.0], [-5.0, -3.0, 4.0]])
+    for codec, expected in ((TopK(1), [13, 0, 0]), (TopK(2), [13, 1, 6]), (Signs("none"), [1, -1, 3])):
+        np.testing.assert_array_equal(codec.total(jax.vmap(codec.encode)(v), 3), expected)
+
+
 def test_nothing_becomes_nothing():
     for codec in (QSGD(3), QSGD(1, norm="max"), Signs("l1"), Signs("l2"), TopK(2), RandomK(2), Plain()):
         np.testing.assert_array_equal(sent(codec, np.zeros(9, np.float32))[1], np.zeros(9))
@@ -156,6 +217,17 @@ def test_precision_and_compilation(x64):
         (lambda: Plain().encode(jnp.ones((2, 2))), "v: got"),
         (lambda: QSGD(1).encode(jnp.ones(3)), "key: got None"),
         (lambda: RandomK(1).encode(jnp.ones(3)), "key: got None"),
+        (lambda: TopK(True), "k: got True; expected a number"),
+        (lambda: TopK(2.5), "k: got 2.5; expected a whole number"),
+        (lambda: TopK(density="all"), "density: got all"),
+        (lambda: Plain().encode(jnp.ones(3, complex)), r"v: got complex64\[3\]; expected a real floating vector"),
+        (lambda: Plain().encode(jnp.ones(0)), r"v: got float32\[0\]"),
+        (lambda: Split("signs", (3,)), "codec: got str; expected a codec"),
+        (lambda: Split(Signs(), ()), r"sizes: got \(\); expected at least one length"),
+        (lambda: Split(Signs(), (2, 0)), "sizes: got 0; expected a whole number of at least 1"),
+        (lambda: Split(Signs(), (2, 2)).encode(jnp.ones(3)), r"sizes: got \(2, 2\); .* sum is that of the vector, 3"),
+        (lambda: Split(TopK(3), (2, 4)).encode(jnp.ones(6)), "k: got 3; expected at most the length of the vector, 2"),
+        (lambda: Split(QSGD(1), (2, 1)).encode(jnp.ones(3)), "key: got None"),
     ],
 )
 def test_bad_input(make, words):

@@ -258,7 +258,7 @@ class _Run:
                 carry, step = self._before_loss(_to_host(begin()[0]) if snapshot is None else snapshot, step)
             point, aux, more = self._finish(carry.state)
             account.append(more)
-            cause = self._cause(carry.state, step)
+            cause = self._cause(carry, step)
         ending, test = decode(encode(Ending.STEP_LIMIT) if code <= Ending.RUNNING else code)
         table = np.concatenate(records)
         history = {name: table[:, i] for i, name in enumerate(self.plan.record)}
@@ -296,10 +296,16 @@ class _Run:
         leaves, static = self.split
         return compiled_finish(leaves, state, static=static)
 
-    def _cause(self, state: Any, lost: int) -> str:
-        """What the solver knows of why the step `lost` after `state` was lost."""
-        key = jax.random.fold_in(self.numbers.key, lost) if self.plan.random else None
-        return self.solver.cause(self.problem, state, key=key)
+    def _cause(self, carry: Carry, lost: int) -> str:
+        """What the solver knows of why the step `lost` after `carry` was lost: in that step, or where it led to."""
+
+        def ask(state: Any, step: int) -> str:
+            key = jax.random.fold_in(self.numbers.key, step) if self.plan.random else None
+            return self.solver.cause(self.problem, state, key=key)
+
+        if type(self.solver).cause is Solver.cause:
+            return ""
+        return ask(carry.state, lost) or ask(self._advance(_to_device(_to_host(carry)), lost).state, lost + 1)
 
     def _before_loss(self, snapshot: Carry, lost: int) -> tuple[Carry, int]:
         """The last finite point before the step `lost`, and the step that lost it.

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..core.errors import InputError, check_choice, check_count, check_positive
 from ..parts.codecs import Codec, Signs
@@ -64,7 +64,7 @@ class Mean(Aggregator):
     robust: ClassVar[bool] = False
 
     def __call__(self, messages: Float[Array, "n m"]) -> Float[Array, " m"]:
-        return in_order(messages) / len(messages)
+        return in_order(jnp.asarray(messages)) / len(messages)
 
     def of_payloads(self, payloads: PyTree, codec: Codec, m: int) -> Float[Array, " m"]:
         return codec.total(payloads, m) / len(jax.tree.leaves(payloads)[0])
@@ -77,7 +77,7 @@ class Total(Mean):
     """The sum."""
 
     def __call__(self, messages: Float[Array, "n m"]) -> Float[Array, " m"]:
-        return in_order(messages)
+        return in_order(jnp.asarray(messages))
 
     def of_payloads(self, payloads: PyTree, codec: Codec, m: int) -> Float[Array, " m"]:
         return codec.total(payloads, m)
@@ -144,8 +144,9 @@ class IterativeFiltering(Aggregator):
         repeat:  μ = Σ c_i g_i / Σ c_i,   Σ = Σ c_i (g_i − μ)(g_i − μ)ᵀ / Σ c_i,   (λ, v) its top eigenpair
                  stop if λ ≤ threshold;   τ_i = ⟨v, g_i − μ⟩²,   c_i ← c_i (1 − τ_i / max_{c_j > 0} τ_j)
 
-    At least one weight becomes zero at each pass, so that there are fewer than n. The eigenpair comes from the n × n
-    Gram matrix, and the messages are read twice, however many passes there are.
+    At least one weight becomes zero at each pass, so that there are fewer than n; a pass that would leave nobody is
+    not made. The eigenpair comes from the n × n Gram matrix, and the messages are read a few times, however many
+    passes there are.
 
     **Arguments:** `threshold` — a bound for the variance of honest messages along any direction, C σ².
     """
@@ -159,35 +160,51 @@ class IterativeFiltering(Aggregator):
         self.threshold = threshold
 
     def __call__(self, messages: Float[Array, "n m"]) -> Float[Array, " m"]:
-        sound = jnp.all(jnp.isfinite(messages), axis=1)
-        messages = jnp.where(sound[:, None], messages, 0)
-        # Around one of the messages, so that the Gram matrix has no large common part to cancel.
-        middle = jnp.where(sound[:, None], messages, 0).at[0].get()
-        centered = jnp.where(sound[:, None], messages - middle, 0)
-        gram = centered @ centered.T
-        weights = self._weights(gram, sound.astype(messages.dtype))
-        return middle + (weights / jnp.sum(weights)) @ centered
+        wide = messages.astype(jnp.promote_types(messages.dtype, jnp.float32))
+        sound = jnp.all(jnp.isfinite(wide), axis=1)
+        wide = jnp.where(sound[:, None], wide, 0)
+        middle = wide[_central(_gram(wide), sound)]
+        centered = jnp.where(sound[:, None], wide - middle, 0)
+        gram = _gram(centered)
+        sound = sound & jnp.isfinite(16 * jnp.diagonal(gram))  # what overflows in the sums below is as good as infinite
+        centered = jnp.where(sound[:, None], centered, 0)
+        weights = self._weights(jnp.where(sound[:, None] & sound, gram, 0), sound.astype(wide.dtype))
+        mean = jnp.dot(weights / jnp.sum(weights), centered, precision="highest")
+        return (middle + mean).astype(messages.dtype)
 
     def _weights(self, gram: Float[Array, "n n"], weights: Float[Array, " n"]) -> Float[Array, " n"]:
         def top(weights: Array) -> tuple[Array, Array]:
-            """λ and τ: with K the Gram matrix of g_i − μ, Σ has the eigenvalues of √c K √c / Σ c."""
+            """λ, and √τ up to a factor: with K the Gram matrix of g_i − μ, Σ has the eigenvalues of √c K √c / Σ c."""
             share = weights / jnp.sum(weights)
             shift = gram @ share
             inner = gram - shift[:, None] - shift[None] + share @ shift
             root = jnp.sqrt(share)
             values, vectors = jnp.linalg.eigh(root[:, None] * inner * root[None])
-            along = inner @ (root * vectors[:, -1])
-            return values[-1], along**2 / jnp.maximum(values[-1], jnp.finfo(gram.dtype).tiny)
+            return values[-1], jnp.where(weights > 0, jnp.abs(inner @ (root * vectors[:, -1])), 0)
 
-        def going(carry: tuple[Array, Array]) -> Array:
-            weights, value = carry
-            return (value > self.threshold) & (jnp.sum(weights > 0) > 1)
+        def going(carry: tuple[Array, Array, Array]) -> Array:
+            return carry[1] > self.threshold
 
-        def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            weights, _ = carry
-            _, out = top(weights)
-            most = jnp.max(jnp.where(weights > 0, out, 0))
-            weights = jnp.where(out >= most, 0, weights * (1 - out / most))
-            return weights, top(weights)[0]
+        def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            weights, _, out = carry
+            most = jnp.max(out)
+            fewer = jnp.where(out >= most, 0, weights * (1 - (out / most) ** 2))
+            left = jnp.any(fewer > 0)
+            weights = jnp.where(left, fewer, weights)
+            value, out = top(weights)
+            return weights, jnp.where(left, value, 0), out
 
-        return jax.lax.while_loop(going, body, (weights, top(weights)[0]))[0]
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.while_loop(going, body, (weights, *top(weights)))[0]
+
+
+def _gram(rows: Float[Array, "n m"]) -> Float[Array, "n n"]:
+    return jnp.dot(rows, rows.T, precision="highest")
+
+
+def _central(gram: Float[Array, "n n"], sound: Bool[Array, " n"]) -> Int[Array, ""]:
+    """The message from which half of the others are nearest: with it for origin no large common part is cancelled."""
+    squares = jnp.diagonal(gram)
+    apart = squares[:, None] + squares - 2 * gram
+    apart = jnp.where(sound[:, None] & sound & jnp.isfinite(apart), apart, jnp.inf)
+    return jnp.argmin(jnp.sort(apart, axis=1)[:, len(gram) // 2])

@@ -72,9 +72,14 @@ class Attack(eqx.Module):
     def __check_init__(self) -> None:
         check_count("byzantine", self.byzantine, 0)
 
+    def check(self, size: int) -> None:
+        """Refuse a point of so many coordinates for which the attack was not made."""
+
     def messages(self, honest: Float[Array, "n m"], place: Place) -> Float[Array, "n m"]:
         """What arrives: the honest messages, and those of the Byzantine workers."""
         count = len(honest) - self.byzantine
+        if count < 1:
+            raise InputError("byzantine", self.byzantine, f"fewer than the {len(honest)} workers: some are honest")
         if not self.byzantine:
             return honest
         said = self.say(honest[:count], honest[count:], place)
@@ -154,15 +159,19 @@ class SaddlePoint(Attack):
     strength: Any = 1e3
     stealth: Any = None
 
+    def check(self, size: int) -> None:
+        for name, given in (("saddle", self.saddle), ("escape", self.escape)):
+            if jnp.shape(given) != (size,):
+                raise InputError(name, f"an array of shape {jnp.shape(given)}", f"({size},), the size of the point")
+
     def say(self, honest: Array, own: Array, place: Place) -> Array:
-        here = slice(None) if len(self.saddle) == honest.shape[1] else None
-        saddle = self.saddle if here else jax.lax.dynamic_slice_in_dim(self.saddle, place.first, honest.shape[1])
-        escape = jnp.asarray(self.escape)
-        escape = escape if here else jax.lax.dynamic_slice_in_dim(escape, place.first, honest.shape[1])
-        mean = jnp.mean(honest, axis=0)
+        def here(whole: Any) -> Array:  # the last block of a message may reach over the end of the point
+            piece = honest.shape[1]
+            return jax.lax.dynamic_slice_in_dim(jnp.pad(jnp.asarray(whole), (0, piece)), place.first, piece)
+
         push = self.strength if self.stealth is None else self.stealth * jnp.std(honest, axis=0)
-        back = jnp.where(place.x >= saddle, push, -push)
-        return mean + jnp.where(escape, back, 0)
+        back = jnp.where(place.x >= here(self.saddle), push, -push)
+        return jnp.mean(honest, axis=0) + jnp.where(here(self.escape), back, 0)
 
 
 class NotANumber(Attack):
@@ -180,8 +189,11 @@ def flip_labels(labels: Any, byzantine: int, classes: int) -> np.ndarray:
     **Raises:** `InputError` for labels outside 0 … classes − 1, or more Byzantine workers than there are.
     """
     labels = np.asarray(labels)
-    if labels.ndim < 2 or labels.min() < 0 or labels.max() >= classes:
-        raise InputError("labels", f"{labels.dtype}{list(labels.shape)}", f"(workers, examples) of 0 … {classes - 1}")
+    whole = np.issubdtype(labels.dtype, np.integer) and labels.ndim >= 2 and labels.size > 0
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        raise InputError(
+            "labels", f"{labels.dtype}{list(labels.shape)}", f"integers (workers, examples), 0 … {classes - 1}"
+        )
     check_count("byzantine", byzantine, 0)
     if byzantine > len(labels):
         raise InputError("byzantine", byzantine, f"at most the number of workers, {len(labels)}")

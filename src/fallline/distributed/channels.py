@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..core.errors import InputError, check_count
+from ..core.errors import check_count, check_fraction
 from .wire import from_words, to_words
 
 __all__ = ["Channel", "Corrupts", "Delays", "Drops", "StaleReads"]
@@ -43,12 +43,6 @@ class Channel(eqx.Module):
         raise NotImplementedError
 
 
-def check_probability(name: str, p: Any) -> None:
-    """Refuse what is not a number of at least 0 and below 1."""
-    if not (isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p < 1):
-        raise InputError(name, p, "a probability of at least 0 and below 1")
-
-
 class Drops(Channel):
     """Payloads that never arrive: the receiver takes the last one that did.
 
@@ -60,7 +54,7 @@ class Drops(Channel):
     probability: Any
 
     def __init__(self, probability: float):
-        check_probability("probability", probability)
+        check_fraction("probability", probability)
         self.probability = probability
 
     def init(self, nothing: PyTree) -> PyTree:
@@ -104,7 +98,7 @@ class Corrupts(Channel):
     probability: Any
 
     def __init__(self, probability: float):
-        check_probability("probability", probability)
+        check_fraction("probability", probability)
         self.probability = probability
 
     def carry(self, payload: PyTree, memory: PyTree, key: Any) -> tuple[PyTree, PyTree]:

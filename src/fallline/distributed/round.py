@@ -285,8 +285,8 @@ class Round(Solver):
     def _up(self, problem: Sharded, local: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, Array]:
         """Payloads of the workers that are here (local, b, …), what they keep, and their values."""
 
-        def work(one: PyTree, shared: PyTree) -> PyTree:
-            number, (own, memory, uplink, channel) = one
+        def work(one: PyTree, kept: PyTree, shared: PyTree) -> PyTree:
+            (number, own), (memory, uplink, channel) = one, kept
             x, reads, rounds, key = shared
             ask, encode, carry, read = _keys(None if key is None else jax.random.fold_in(key, number), 4)
             if self.reads is not None:
@@ -298,9 +298,11 @@ class Round(Solver):
             uplink = self._inside(uplink, 0, message.size)
             if self.channel is not None:
                 payload, channel = _over(self.channel.carry, payload, channel, _block_keys(carry, self.blocks))
-            return payload, (memory, uplink, channel), value
+            return (payload, value), (memory, uplink, channel)
 
-        return problem.workers.each(work, (problem.workers.ids(), local), shared)
+        own, *kept = local
+        (payloads, values), kept = problem.workers.update(work, (problem.workers.ids(), own), tuple(kept), shared)
+        return payloads, kept, values
 
     def _exchange(self, problem: Sharded, payloads: PyTree) -> tuple[PyTree, Any]:
         """What all workers send for the blocks that this device serves, (n, b, …), and the number of the first."""
@@ -318,8 +320,8 @@ class Round(Solver):
         """What the receivers of blocks make of them: the aggregates, encoded, and the memory of that, (b, …) both."""
         flat = trees.flatten(x)
 
-        def serve(item: PyTree, shared: PyTree) -> PyTree:
-            number, payloads, memory = item
+        def serve(item: PyTree, memory: PyTree, shared: PyTree) -> PyTree:
+            number, payloads = item
             x, key = shared
             strike, encode = _server_keys(key, problem.workers.count, number)
             payloads = self._received(payloads, x, number, strike)
@@ -332,12 +334,12 @@ class Round(Solver):
 
         shared = self._cut(flat), key
         if self.blocks == 1:
-            item = jnp.int32(0), jax.tree.map(lambda a: a[:, 0], payloads), jax.tree.map(lambda a: a[0], memory)
-            item, shared = jax.lax.optimization_barrier((item, shared))
-            return jax.tree.map(lambda a: a[None], jax.lax.optimization_barrier(serve(item, shared)))
+            item = jnp.int32(0), jax.tree.map(lambda a: a[:, 0], payloads)
+            item, memory, shared = jax.lax.optimization_barrier((item, _first(memory), shared))
+            return _alone(jax.lax.optimization_barrier(serve(item, memory, shared)))
         payloads = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), payloads)
         served = jax.tree.leaves(payloads)[0].shape[0]
-        return problem.workers.each(serve, (first + jnp.arange(served), payloads, memory), shared)
+        return problem.workers.update(serve, (first + jnp.arange(served), payloads), memory, shared)
 
     def _received(self, payloads: PyTree, x: Float[Array, "B s"], number: Any, key: Array | None) -> PyTree:
         """The payloads of a block; those of the Byzantine workers are what the codec makes of their words."""
@@ -439,7 +441,17 @@ def _over(fn: Any, first: PyTree, *rest: PyTree) -> PyTree:
     """`fn` over the leading axis of its arguments; without a batch where that has length 1."""
     if jax.tree.leaves(first)[0].shape[0] > 1:
         return jax.vmap(fn)(first, *rest)
-    return jax.tree.map(lambda a: a[None], fn(*jax.tree.map(lambda a: a[0], (first, *rest))))
+    return _alone(fn(*_first((first, *rest))))
+
+
+def _first(tree: PyTree) -> PyTree:
+    """The only entry along a leading axis of length 1: reshaped, as an index would cost a copy under `vmap`."""
+    return jax.tree.map(lambda a: a.reshape(a.shape[1:]), tree)
+
+
+def _alone(tree: PyTree) -> PyTree:
+    """With a leading axis of length 1."""
+    return jax.tree.map(lambda a: jnp.reshape(a, (1, *jnp.shape(a))), tree)
 
 
 def _keys(key: Array | None, count: int) -> list[Any]:

@@ -22,11 +22,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..core import trees
 from ..core.calls import Calls
-from ..core.errors import InputError, check_count, check_positive
+from ..core.errors import InputError, check_count, check_fraction, check_positive
 from ..core.optimizer import Optimizer, optimizer
 from ..core.solver import GRADIENT, MINIBATCH
 from .sharded import Sharded
@@ -90,8 +91,7 @@ class Momentum(WorkerRule):
     beta: Any
 
     def __init__(self, beta: float = 0.9):
-        if not (isinstance(beta, int | float) and 0 <= beta < 1):
-            raise InputError("beta", beta, "a number of at least 0 and below 1")
+        check_fraction("beta", beta)
         self.beta = beta
 
     def init(self, x: PyTree) -> PyTree:
@@ -144,6 +144,9 @@ class ServerRule(eqx.Module):
         """The next model, and what the server keeps."""
         raise NotImplementedError
 
+    def check(self, x: PyTree) -> None:
+        """Refuse, before a run is compiled, a model that the rule cannot move."""
+
 
 class Step(ServerRule):
     """One step of an Optax optimizer: `Step(optax.adam, learning_rate=1e-3)`.
@@ -151,8 +154,8 @@ class Step(ServerRule):
     **Arguments:** as for `fallline.optimizer`: a factory with its options, whose numbers never recompile, or a
     ready-made transformation.
 
-    **Raises:** `InputError` as `optimizer` does. An optimizer that searches along a line has no value to look at here,
-    and fails when the round is made.
+    **Raises:** `InputError` as `optimizer` does; and when a run begins, for an optimizer that asks for more than the
+    gradient: here is no value to look at, and no line to search along.
     """
 
     optimizer: Optimizer
@@ -161,16 +164,18 @@ class Step(ServerRule):
         self.optimizer = factory if isinstance(factory, Optimizer) else optimizer(factory, **options)
 
     def init(self, x: PyTree) -> PyTree:
-        return self.optimizer.begin(x)
+        return self.optimizer.transformation().init(x)
 
     def apply(self, aggregate: Array, x: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
-        gradient = trees.unflatten(aggregate, x)
-        x, memory, _ = self.optimizer.move(_no_value, x, jnp.zeros(()), gradient, memory)
-        return x, memory
+        updates, memory = self.optimizer.transformation().update(trees.unflatten(aggregate, x), memory, x)
+        return optax.apply_updates(x, updates), memory
 
-
-def _no_value(x: PyTree) -> Array:
-    raise InputError("server", "an optimizer that searches along a line", "one that needs the gradient only")
+    def check(self, x: PyTree) -> None:
+        try:
+            jax.eval_shape(lambda x: self.apply(trees.flatten(x), x, self.init(x)), x)
+        except TypeError as error:  # a keyword that is missing
+            reason = f"{self.optimizer.name}, which fails with: {error}"
+            raise InputError("server", reason, "an Optax optimizer that needs the gradient only") from error
 
 
 class Adopt(ServerRule):

@@ -69,6 +69,9 @@ class Sharded(Problem):
             check_count("batch_size", batch_size, 1)
             if batch_size > size[1]:
                 raise InputError("batch_size", batch_size, f"at most the examples of a worker, {size[1]}")
+            batch_size = int(batch_size)
+        if mesh is not None:  # laid out here, before any run looks at it
+            trees.check_width("data", data)
         self.loss, self.batch_size, self.declared_bound = loss, batch_size, lower_bound
         self.workers = Workers(size[0], mesh, exact=exact)
         self.data = self.workers.put(data)
@@ -146,10 +149,17 @@ def shard(data: PyTree, workers: int, *, by: Any = None) -> PyTree:
     first and dealt out in stretches, so that each worker has few of the values (labels, say): as unlike as possible.
     What is left over after equal shares is left out.
 
-    **Raises:** `InputError` for fewer examples than workers.
+    **Raises:** `InputError` for fewer examples than workers, and arrays that do not have the same number of examples.
     """
     check_count("workers", workers, 1)
-    length = len(jax.tree.leaves(data)[0])
+    leaves = jax.tree.leaves(data)
+    lengths = {np.shape(a)[:1] for a in leaves}
+    if len(lengths) != 1 or () in lengths:
+        shapes = ", ".join(dict.fromkeys(trees.describe(a) for a in leaves)) or "a pytree without leaves"
+        raise InputError("data", shapes, "arrays that share one leading axis, of examples")
+    ((length,),) = lengths
+    if by is not None and np.shape(by) != (length,):
+        raise InputError("by", f"shape {np.shape(by)}", f"one number for each of {length} examples")
     each = length // workers
     if not each:
         raise InputError("workers", workers, f"at most the number of examples, {length}")

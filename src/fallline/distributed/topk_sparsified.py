@@ -81,7 +81,8 @@ def dense_shadow(solver: Round) -> DenseShadow:
     """The same run, with the dense iterate of the paper's analysis beside it: x_{t+1} = x_t − α_t/P Σ_p G^p(v_t).
 
     Its state has, to be recorded:
-    - `virtual`: x_t, and `identity_error`: the largest entry of |v_t − x_t − 1/P Σ_p ε^p_t|, rounding;
+    - `virtual`: x_t, and `gap`: ‖v_t − x_t‖;
+    - `identity_error`: the largest entry of |v_t − x_t − 1/P Σ_p ε^p_t|, which is rounding;
     - `xi`: ξ = ‖TopK(1/P Σ_p acc^p) − 1/P Σ_p TopK(acc^p)‖ / ‖α/P Σ_p G^p‖ of the last round, Assumption 1;
     - `left_out`: ‖g − TopK(g)‖ / ‖g‖ of the last dense step g = α/P Σ_p G^p, at most γ = √(1 − K/n);
     - `lemma_ratio`: ‖v_{t+1} − x_{t+1}‖ over the lemma's bound γ‖v_t − x_t‖ + (γ + ξ)‖x_{t+1} − x_t‖, at most 1.
@@ -110,6 +111,7 @@ class ShadowState(State):
 
     batch_value: Float[Array, ""]
     virtual: PyTree
+    gap: Float[Array, ""]
     identity_error: Float[Array, ""]
     xi: Float[Array, ""]
     left_out: Float[Array, ""]
@@ -139,7 +141,7 @@ class DenseShadow(Solver):
 
     def init(self, problem: Problem, x: PyTree, *, key: Array | None) -> ShadowState:
         zero, inner = jnp.zeros((), trees.real_dtype(x)), self.solver.init(problem, x, key=key)
-        return ShadowState(x, Calls(), zero, x, zero, zero, zero, zero, inner)
+        return ShadowState(x, Calls(), zero, x, zero, zero, zero, zero, zero, inner)
 
     def step(self, problem: Problem, state: ShadowState, *, key: Array | None) -> ShadowState:
         assert isinstance(problem, Sharded)
@@ -148,19 +150,19 @@ class DenseShadow(Solver):
         virtual = jax.tree.map(jnp.subtract, state.virtual, dense)
         before, after = _mean_memory(state.inner), _mean_memory(inner)
         gap = trees.flatten(inner.x) - trees.flatten(virtual)
-        g = trees.flatten(dense)
-        xi, left_out, ratio = self._analysis(before, after, g)
-        asked = self.solver.worker.calls(problem)
+        xi, left_out, ratio = self._analysis(before, after, trees.flatten(dense))
+        asked, dtype = self.solver.worker.calls(problem), gap.dtype
         return ShadowState(
-            inner.x,
-            state.calls + asked + asked,
-            inner.batch_value,
-            virtual,
-            jnp.max(jnp.abs(gap - after)).astype(gap.dtype),
-            xi.astype(gap.dtype),
-            left_out.astype(gap.dtype),
-            ratio.astype(gap.dtype),
-            inner,
+            x=inner.x,
+            calls=state.calls + asked + asked,
+            batch_value=inner.batch_value,
+            virtual=virtual,
+            gap=jnp.linalg.norm(gap),
+            identity_error=jnp.max(jnp.abs(gap - after)).astype(dtype),
+            xi=xi.astype(dtype),
+            left_out=left_out.astype(dtype),
+            lemma_ratio=ratio.astype(dtype),
+            inner=inner,
         )
 
     def _dense_step(self, problem: Sharded, inner: RoundState, key: Array | None) -> PyTree:
@@ -192,5 +194,5 @@ def _mean_memory(state: RoundState) -> Float[Array, " n"]:
 
 
 def _over(a: Array, b: Array) -> Array:
-    """a / b, and 0 for 0 / 0."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), a)
+    """a / b, and a where b is 0 (and a with it)."""
+    return a / jnp.where(b > 0, b, 1)

@@ -50,11 +50,12 @@ class Workers(eqx.Module):
 
     def __init__(self, count: int, mesh: Mesh | None = None, *, exact: bool = False):
         check_count("count", count, 1)
-        if mesh is not None and mesh.axis_names != (AXIS,):
-            raise InputError("mesh", f"axes {mesh.axis_names}", f"one axis named {AXIS!r}")
+        if not isinstance(mesh, Mesh | None) or (mesh is not None and mesh.axis_names != (AXIS,)):
+            got = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
+            raise InputError("mesh", got, f"a mesh with one axis named {AXIS!r}: see mesh_of")
         if mesh is not None and count % mesh.size:
             raise InputError("workers", count, f"a multiple of the {mesh.size} devices of the mesh, for equal shares")
-        self.count, self.mesh, self.exact = count, mesh, exact
+        self.count, self.mesh, self.exact = int(count), mesh, exact
 
     @property
     def devices(self) -> int:
@@ -94,14 +95,30 @@ class Workers(eqx.Module):
 
     def each(self, work: Callable[[PyTree, PyTree], PyTree], stacked: PyTree, shared: PyTree) -> PyTree:
         """`work(one, shared)` for each entry along the leading axis of `stacked`; the results, stacked."""
+        return self.update(lambda one, _, shared: (work(one, shared), None), stacked, None, shared)[0]
+
+    def update(
+        self, work: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]], stacked: PyTree, kept: PyTree, shared: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """`work(one, kept, shared)`, likewise: results, and what is kept, which is overwritten where it lies."""
         if not self.exact:
-            return jax.vmap(work, in_axes=(0, None))(stacked, shared)
+            return jax.vmap(work, in_axes=(0, 0, None))(stacked, kept, shared)
 
-        def body(shared: PyTree, one: PyTree) -> tuple[PyTree, PyTree]:
-            one, shared = jax.lax.optimization_barrier((one, shared))
-            return shared, jax.lax.optimization_barrier(work(one, shared))
+        def body(carry: PyTree, item: PyTree) -> tuple[PyTree, PyTree]:
+            kept, shared = carry
+            place, one = item
+            mine = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), kept)
+            one, mine, shared = jax.lax.optimization_barrier((one, mine, shared))
+            result, mine = jax.lax.optimization_barrier(work(one, mine, shared))
 
-        return jax.lax.scan(body, shared, stacked)[1]
+            def put(a: Array, new: Array) -> Array:
+                return jax.lax.dynamic_update_index_in_dim(a, new.astype(a.dtype), place, 0)
+
+            return (jax.tree.map(put, kept, mine), shared), result
+
+        places = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+        (kept, _), results = jax.lax.scan(body, (kept, shared), (places, stacked))
+        return results, kept
 
     def gather(self, stacked: PyTree) -> PyTree:
         """The entries of all workers, in order, on every device (inside `spread`)."""
@@ -128,7 +145,8 @@ class Workers(eqx.Module):
             total = jax.lax.optimization_barrier(in_order(mine))
             return self.gather(total).reshape(-1)[:size].reshape(a.shape[1:]) / self.count
 
-        return jax.tree.map(one, stacked)
+        # What is computed of the mean must not be fused with how it came about.
+        return jax.lax.optimization_barrier(jax.tree.map(one, stacked))
 
 
 def in_order(stacked: Array) -> Array:

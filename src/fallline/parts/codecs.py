@@ -13,8 +13,7 @@
 | `QSGD`     | ⌈log₂(2s + 1)⌉ bits each, a norm | ‖v‖ sign(v) ξ/s, ξ the stochastic rounding of s|v|/‖v‖ |
 | `Split`    | one of another codec for each piece | piece by piece                                    |
 
-Bits are packed in planes: bit j of word w belongs to entry j W + w, with W words in all, so that packing and unpacking
-read and write whole stretches of memory.
+Numbers of b bits lie one after another in words of 32: bits j b to (j + 1) b of word w belong to entry w 32/b + j.
 
 Sources: S. Stich, J.-B. Cordonnier and M. Jaggi, *Sparsified SGD with Memory* (2018), Definition 2.1 (top-k, random-k);
 H. Tang et al., *DoubleSqueeze* (2019), Section 5 (1-bit with the ℓ2 scale); S. P. Karimireddy et al., *Error Feedback
@@ -42,7 +41,8 @@ __all__ = ["QSGD", "Codec", "Plain", "RandomK", "Signs", "Split", "TopK", "large
 
 _WORD = 32
 _UNROLLED = 64  # payloads that one fused pass sums
-_BLOCK = 64  # entries of which the first level of `largest` keeps the maximum
+_BLOCK = 32  # entries of which the first level of `largest` keeps the maximum
+_INTEGERS = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
 class Codec(eqx.Module):
@@ -57,6 +57,13 @@ class Codec(eqx.Module):
     def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
         """What it says, a vector of n numbers."""
         raise NotImplementedError
+
+    def encode_with_residual(
+        self, v: Float[Array, " n"], *, key: Array | None = None
+    ) -> tuple[PyTree, Float[Array, " n"]]:
+        """The payload, and what it leaves out, v − decode(payload)."""
+        payload = self.encode(v, key=key)
+        return payload, v - self.decode(payload, v.shape[0])
 
     def total(self, payloads: PyTree, n: int) -> Float[Array, " n"]:
         """The sum, in order, of what stacked payloads say."""
@@ -95,8 +102,8 @@ class Plain(Codec):
 class _Sparse(Codec):
     """k of the entries: `k` of them, or the share `density` of all, at least one."""
 
-    k: int | None = eqx.field(static=True)
-    density: float | None = eqx.field(static=True)
+    k: int | None = eqx.field(static=True, default=None)
+    density: float | None = eqx.field(static=True, default=None)
 
     def __init__(self, k: int | None = None, *, density: float | None = None):
         if (k is None) == (density is None):
@@ -118,6 +125,12 @@ class _Sparse(Codec):
         indices, values = payload
         return jnp.zeros(n, values.dtype).at[indices].set(values, unique_indices=True)
 
+    def encode_with_residual(
+        self, v: Float[Array, " n"], *, key: Array | None = None
+    ) -> tuple[PyTree, Float[Array, " n"]]:
+        indices, values = self.encode(v, key=key)
+        return (indices, values), v.at[indices].set(values - values, unique_indices=True)
+
     def total(self, payloads: PyTree, n: int) -> Float[Array, " n"]:
         indices, values = payloads
         return jnp.zeros(n, values.dtype).at[indices.ravel()].add(values.ravel())
@@ -128,7 +141,7 @@ class TopK(_Sparse):
 
     def encode(self, v: Float[Array, " n"], *, key: Array | None = None) -> PyTree:
         _check_vector(v)
-        indices = largest(jnp.abs(v), self.count(len(v)))
+        indices = largest(v, self.count(len(v)))
         return indices, v[indices]
 
 
@@ -244,33 +257,49 @@ class Split(Codec):
 
 
 def pack(numbers: UInt32[Array, " n"], bits: int) -> UInt32[Array, " words"]:
-    """Numbers below 2^bits in planes of words of 32 bits; the last plane is filled up with zeros. `bits` divides 32."""
-    planes = _WORD // bits
-    words = -(-numbers.shape[0] // planes)
-    filled = jnp.pad(numbers, (0, words * planes - numbers.shape[0])).reshape(planes, words)
-    total = filled[0]
-    for j in range(1, planes):
-        total = total | (filled[j] << (j * bits))
-    return total
+    """Numbers below 2^bits in words of 32 bits, the first in the lowest; the last word is filled up with zeros.
+
+    `bits` divides 32.
+    """
+    each = _WORD // bits
+    full = numbers.shape[0] // each * each
+    words = _words(numbers[:full], bits)
+    if full == numbers.shape[0]:
+        return words
+    return jnp.append(words, _words(jnp.pad(numbers[full:], (0, each - numbers.shape[0] + full)), bits))
+
+
+def _words(numbers: UInt32[Array, " n"], bits: int) -> UInt32[Array, " words"]:
+    """`pack` for numbers that fill their words; few are summed at a time, which XLA is fast with."""
+    shifts = jnp.arange(0, _WORD, bits, dtype=jnp.uint32).reshape(-1, min(4, _WORD // bits))
+    shifted = numbers.reshape(-1, *shifts.shape) << shifts
+    return jnp.sum(jnp.sum(shifted, axis=2, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
 
 
 def unpack(words: UInt32[Array, " words"], bits: int, n: int) -> UInt32[Array, " n"]:
     """The n numbers that `pack` put into the words."""
-    shifts = jnp.arange(0, _WORD, bits, dtype=jnp.uint32)[:, None]
-    return ((words[None] >> shifts) & jnp.uint32((1 << bits) - 1)).reshape(-1)[:n]
+    shifts = jnp.arange(0, _WORD, bits, dtype=jnp.uint32)
+    return ((words[:, None] >> shifts) & jnp.uint32((1 << bits) - 1)).reshape(-1)[:n]
 
 
-def largest(sizes: Float[Array, " n"], k: int) -> Int[Array, " k"]:
-    """Indices of the k largest entries, in ascending order; ties go to the lower index.
+def largest(v: Float[Array, " n"], k: int) -> Int[Array, " k"]:
+    """Indices of the k entries of largest magnitude, in ascending order; ties go to the lower index.
 
     Two levels: the k blocks with the largest maxima hold them all. NaN counts as larger than everything.
     """
-    n = sizes.shape[0]
+    n = v.shape[0]
     blocks = -(-n // _BLOCK)
     if k * 4 >= blocks:
-        return jnp.sort(jax.lax.top_k(sizes, k)[1]).astype(jnp.int32)
-    table = jnp.pad(sizes, (0, blocks * _BLOCK - n), constant_values=-jnp.inf).reshape(blocks, _BLOCK)
+        return jnp.sort(jax.lax.top_k(jnp.abs(v), k)[1]).astype(jnp.int32)
+    # The bits of magnitudes are ordered as these are; XLA is twenty times faster with maxima of integers, few at a time.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(v), _INTEGERS[v.dtype.itemsize])
+    full = n // _BLOCK * _BLOCK
+    tops = jnp.max(jnp.max(bits[:full].reshape(n // _BLOCK, -1, 4), axis=2), axis=1)
+    if full < n:
+        tops = jnp.append(tops, jnp.max(bits[full:]))
+    tops = jax.lax.bitcast_convert_type(tops, v.dtype)
     # In ascending order, so that the lower index comes first among equals at the second level too.
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(table, axis=1), k)[1])
-    places = jax.lax.top_k(table[chosen].reshape(-1), k)[1]
-    return jnp.sort(chosen[places // _BLOCK] * _BLOCK + places % _BLOCK).astype(jnp.int32)
+    chosen = jnp.sort(jax.lax.top_k(tops, k)[1]).astype(jnp.int32)
+    indices = (chosen[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(-1)
+    candidates = jnp.abs(v.at[indices].get(mode="fill", fill_value=0))
+    return jnp.sort(indices[jax.lax.top_k(candidates, k)[1]])

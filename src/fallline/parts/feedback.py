@@ -35,7 +35,8 @@ class ErrorFeedback(eqx.Module):
 
     def __init__(self, codec: Codec):
         if not isinstance(codec, Codec):
-            raise InputError("codec", type(codec).__name__, "a codec such as TopK(density=0.01) or Signs()")
+            got = f"the class {codec.__name__}" if isinstance(codec, type) else type(codec).__name__
+            raise InputError("codec", got, "a codec such as TopK(density=0.01) or Signs()")
         self.codec = codec
 
     def init(self, n: int, dtype: Any = jnp.float32) -> Float[Array, " n"]:
@@ -46,9 +47,7 @@ class ErrorFeedback(eqx.Module):
         self, v: Float[Array, " n"], memory: Float[Array, " n"], *, key: Array | None = None
     ) -> tuple[PyTree, Float[Array, " n"]]:
         """What crosses the wire for `v`, and the new memory."""
-        total = v + memory
-        payload = self.codec.encode(total, key=key)
-        return payload, total - self.codec.decode(payload, v.shape[0])
+        return self.codec.encode_with_residual(v + memory, key=key)
 
     def decode(self, payload: PyTree, n: int) -> Float[Array, " n"]:
         """What a payload says."""
