@@ -19,6 +19,11 @@ from .core.sweep import sweep
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
 from .descent.target_surrogate import TargetLoss, armijo, target_surrogate
+from .distributed.byzantine_pgd import byzantine_pgd
+from .distributed.double_squeeze import double_squeeze
+from .distributed.mem_sgd import mem_sgd
+from .distributed.sign_sgd_majority_vote import sign_sgd_majority_vote
+from .distributed.topk_sparsified import topk_sparsified
 from .landscape.certify import certify, escape
 from .landscape.deep_linear_width import DeepLinear, WidthSweep, deep_linear_width
 from .landscape.exponential_linear_nets import (
@@ -69,11 +74,13 @@ __all__ = [
     "WidthSweep",
     "armijo",
     "assign",
+    "byzantine_pgd",
     "call_budget",
     "certify",
     "decrease",
     "deep_linear_width",
     "diffgrad",
+    "double_squeeze",
     "escape",
     "exponential_linear_nets",
     "gradient_norm",
@@ -82,6 +89,7 @@ __all__ = [
     "lloyd",
     "matrix_completion",
     "matrix_sensing",
+    "mem_sgd",
     "minimize",
     "optimizer",
     "overparam_matrix_sensing",
@@ -94,9 +102,11 @@ __all__ = [
     "residual",
     "robust_pca",
     "scale_by_diffgrad",
+    "sign_sgd_majority_vote",
     "subgm_robust_recovery",
     "sweep",
     "target_surrogate",
     "theory_parameters",
     "time_limit",
+    "topk_sparsified",
 ]

@@ -34,7 +34,7 @@ def problem(workers=P):
 
 
 def falling(t):
-    return 0.2 / (1 + t / 5)
+    return 1.0 / (5 + t)
 
 
 @functools.cache
@@ -71,12 +71,12 @@ def by_hand(k=K, workers=P, step_size=falling):
         dense, size, before = steps.mean(axis=0), np.linalg.norm(steps.mean(axis=0)), np.linalg.norm(v - x)
         eps, v, x = acc - sent, v - sent.sum(axis=0) / workers, x - dense
         xi = np.linalg.norm(top(acc.mean(axis=0), k) - sent.mean(axis=0)) / size
-        gap = np.linalg.norm(v - x)
+        gap, bound = np.linalg.norm(v - x), gamma * before + (gamma + xi) * size
         analysis = {
             "gap": gap,
             "xi": xi,
             "left_out": np.linalg.norm(dense - top(dense, k)) / size,
-            "lemma_ratio": gap / (gamma * before + (gamma + xi) * size),
+            "lemma_ratio": gap / bound if bound else 0.0,
         }
         found.append((v, eps, x, analysis))
     return found

@@ -154,7 +154,7 @@ class SaddlePoint(Attack):
     messages instead, 1.5 to 2, under which no threshold on the covariance fires.
     """
 
-    saddle: Float[Array, " d"]
+    saddle: Any
     escape: Any
     strength: Any = 1e3
     stealth: Any = None

@@ -7,8 +7,8 @@ nothing, so that the same function is the simulation and the real thing.
 
 With `exact=True` the bits are the same, simulated and real, on any number of devices: workers go one after another
 through a compiled loop, with barriers around its body, so that the compiler cannot fuse what one worker computes with
-something that depends on how many there are. Without, they go side by side under `vmap`, which is faster for small
-models and agrees up to rounding.
+something that depends on how many there are. Without, they go side by side under `vmap` where the model is small, which
+is faster and agrees up to rounding; with large models that would be slower, and memory for all of them at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..core.errors import InputError, check_count
 __all__ = ["AXIS", "Workers", "mesh_of"]
 
 AXIS = "workers"
+_SMALL = 1 << 20  # numbers that workers share, up to which they go side by side
 
 
 def mesh_of(devices: list[Any] | None = None) -> Mesh:
@@ -98,10 +99,14 @@ class Workers(eqx.Module):
         return self.update(lambda one, _, shared: (work(one, shared), None), stacked, None, shared)[0]
 
     def update(
-        self, work: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]], stacked: PyTree, kept: PyTree, shared: PyTree
+        self,
+        work: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
+        stacked: PyTree,
+        kept: PyTree,
+        shared: PyTree,
     ) -> tuple[PyTree, PyTree]:
         """`work(one, kept, shared)`, likewise: results, and what is kept, which is overwritten where it lies."""
-        if not self.exact:
+        if not self.exact and sum(jnp.size(leaf) for leaf in jax.tree.leaves(shared)) <= _SMALL:
             return jax.vmap(work, in_axes=(0, 0, None))(stacked, kept, shared)
 
         def body(carry: PyTree, item: PyTree) -> tuple[PyTree, PyTree]:

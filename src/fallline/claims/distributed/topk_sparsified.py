@@ -30,8 +30,8 @@ PERCENT = 24  # K, 1 % of the entries
 
 
 def _step_size(number: Any) -> Any:
-    """α_t, which decreases as the theory asks."""
-    return 0.3 / (1 + number / 200)
+    """α_t = 0.3 / (1 + t/200), which decreases as the theory asks."""
+    return 60.0 / (200 + number)
 
 
 # ---- as good as dense SGD -------------------------------------------------------------------------
