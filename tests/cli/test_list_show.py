@@ -17,6 +17,7 @@ from fallline.cli.target import choose_solver, optax_factories
 PROBLEMS = {
     "coded-diffraction": {"data": None, "loss": "truncated-amplitude", "patterns": 12, "seed": 0},
     "linear-autoencoder": {"rank": 10, "scale": 0.1},
+    "digits-on-workers": {"workers": 8, "batch_size": 16, "hidden": 32, "by_label": False, "exact": False},
     "missing-entries": {"data": None, "rank": 3, "known": 0.2, "held_out": 0.1, "seed": 0},
     "gaussian-phase-retrieval": {"measurements": 500, "dimension": 50, "seed": 0},
     "rosenbrock": {"dimension": 10},

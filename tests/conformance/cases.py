@@ -26,7 +26,9 @@ from fallline import (
 from fallline.distributed.aggregators import Median
 from fallline.distributed.byzantine_pgd import byzantine_pgd
 from fallline.distributed.double_squeeze import double_squeeze
+from fallline.distributed.mem_sgd import mem_sgd
 from fallline.distributed.sharded import Sharded
+from fallline.distributed.sign_sgd_majority_vote import sign_sgd_majority_vote
 from fallline.distributed.topk_sparsified import topk_sparsified
 from fallline.recovery import (
     PSD,
@@ -284,5 +286,18 @@ CASES = {
         CountedShards,
         near_the_saddle,
         copies=3,  # the candidate and the anchor are copies of x, and x is the candidate again where it returns
+    ),
+    "mem-sgd": Case(
+        lambda: mem_sgd(strong_convexity=1.0, shift=37.0),
+        lambda: mem_sgd(strong_convexity=2.0, shift=40.0, gamma=3.0),
+        CountedShards,
+        near_the_saddle,
+        copies=1,  # x_t, which both the average and the next step read
+    ),
+    "sign-sgd-majority-vote": Case(
+        lambda: sign_sgd_majority_vote(0.02),
+        lambda: sign_sgd_majority_vote(0.01, 0.5, weight_decay=0.1),
+        CountedShards,
+        near_the_saddle,
     ),
 }

@@ -1,11 +1,13 @@
 """Rounds: blocks and exchanges against NumPy, what is conserved, what is counted, and any composition of parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fallline import minimize
@@ -136,85 +138,78 @@ def test_stale_models_are_of_the_last_rounds(x64):
     assert np.abs(points[5] - run(Round(Gradient(), Plain(), Mean(), None, SGD), 5, np.float64).x).max() > 1e-3
 
 
-@pytest.mark.parametrize(("downlink", "down"), [(None, 4 * 40), (Signs(), 3 * (4 + 4)), (Plain(), 3 * 3 * 4)])
+@pytest.mark.parametrize(
+    ("downlink", "down"), [(None, 4 * 3 * 8), (Signs(), 3 * (4 + 4)), (ErrorFeedback(Plain()), 3 * 3 * 4)]
+)
 def test_the_account(downlink, down):
-    """3 pieces of 3 numbers. Up: an index and a value each, and 4 · 2 of it … down: what the four others sent."""
-    solver = Round(Gradient(), TopK(1), Mean(), downlink, SGD, blocks=3)
-    account = solver.account(problem(), START.astype(np.float32))
-    assert (account.up, account.dense) == (3 * 8, 28)
-    assert account.down == (4 * 24 if downlink is None else down)
+    """Three pieces of three numbers, up an index and a value each; down what the four others sent, or the answer."""
+    account = Round(Gradient(), TopK(1), Mean(), downlink, SGD, blocks=3).account(problem(), START.astype(np.float32))
+    assert (account.up, account.down, account.dense, account.transport) == (3 * 8, down, 7 * 4, 0)
 
 
 # --- any composition -----------------------------------------------------------------------------------------------
 
-CODECS = {
-    "plain": Plain(),
-    "top": TopK(1),
-    "random": RandomK(1),
-    "l1": Signs("l1"),
-    "votes": Signs("none"),
-    "levels": QSGD(3),
-}
-AGGREGATORS = [Mean(), Total(), Median(), TrimmedMean(1), Majority(), IterativeFiltering(1.0)]
-ATTACKS = [None, SignFlip(1), LargeNoise(1), NotANumber(1), LittleIsEnough(1)]
-SERVERS = [SGD, Step(optax.adam, learning_rate=0.1)]
-DOWNLINKS = [None, Plain(), ErrorFeedback(TopK(1)), ErrorFeedback(QSGD(3)), Signs("l1")]
+VOTES = Signs("none")
+CODECS = [QSGD(3), TopK(1), RandomK(1), Signs("l1"), VOTES, Plain()]  # the simplest last: the first come first
+AGGREGATORS = [TrimmedMean(1), Median(), Mean(), Majority(), Total(), IterativeFiltering(1.0)]
+ATTACKS = [LittleIsEnough, LargeNoise, NotANumber, SignFlip, None]
+SERVERS = [Step(optax.adam, learning_rate=0.1), SGD]
+DOWNLINKS = [ErrorFeedback(TopK(1)), ErrorFeedback(QSGD(3)), Signs("l1"), Plain(), None]
 
 
 @st.composite
 def rounds(draw):
     """A round of any parts; every second one is such that something is conserved."""
-    codec, blocks = CODECS[draw(st.sampled_from(sorted(CODECS)))], draw(st.sampled_from([1, 2, 3]))
+    codec, blocks = draw(st.sampled_from(CODECS)), draw(st.sampled_from([3, 2, 1]))
     downlink = draw(st.sampled_from(DOWNLINKS))
-    exchange = "gathered" if downlink is None else draw(st.sampled_from(["gathered", "sliced"]))
+    exchange = "gathered" if downlink is None else draw(st.sampled_from(["sliced", "gathered"]))
     if draw(st.booleans()):
         return Round(Gradient(), ErrorFeedback(codec), Mean(), downlink, SGD, blocks=blocks, exchange=exchange)
+    channels = [Drops(0.5), Corrupts(0.01), None] + [Delays(2)] * (codec is not VOTES)
     if blocks == 1 and draw(st.booleans()):
         codec = Split(codec, (3, 4))
-    aggregator = draw(st.sampled_from(AGGREGATORS if blocks == 1 and exchange == "gathered" else AGGREGATORS[:-1]))
-    worker, server = draw(st.sampled_from([Gradient(), Gradient(0.5), Momentum(0.5), LocalSteps(2, 0.1)])), Adopt()
-    channels = [None, Drops(0.5), Corrupts(0.01)] + [Delays(2)] * (codec_of(codec) != CODECS["votes"])
+    worker = draw(st.sampled_from([LocalSteps(2, 0.1), Momentum(0.5), Gradient(0.5), Gradient()]))
     attack = draw(st.sampled_from(ATTACKS))
-    if attack is not None:
-        attack = type(attack)(1, beyond_tolerance=True)
     return Round(
         worker,
-        ErrorFeedback(codec) if draw(st.booleans()) else codec,
-        aggregator,
+        draw(st.sampled_from([codec, ErrorFeedback(codec)])),
+        draw(st.sampled_from(AGGREGATORS if blocks == 1 and exchange == "gathered" else AGGREGATORS[:-1])),
         downlink,
-        server if isinstance(worker, LocalSteps) else draw(st.sampled_from(SERVERS)),
+        Adopt() if isinstance(worker, LocalSteps) else draw(st.sampled_from(SERVERS)),
         channel=draw(st.sampled_from(channels)),
-        attack=attack,
-        reads=draw(st.sampled_from([None, StaleReads(2)])),
+        attack=attack and attack(1, beyond_tolerance=True),
+        reads=draw(st.sampled_from([StaleReads(2), None])),
         blocks=blocks,
         exchange=exchange,
     )
 
 
+@functools.cache
 def size_of(codec, n):
     """Bytes of a real payload."""
-    payload = codec.encode(jnp.arange(1.0, n + 1), key=jax.random.key(0))
+    payload = jax.jit(lambda v, key: codec.encode(v, key=key))(np.ones(n, np.float32), jax.random.key(0))
     return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(payload))
 
 
-@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=7, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(solver=rounds(), batch_size=st.sampled_from([None, 2]))
 def test_any_composition(solver, batch_size):
     solution = run(solver, 3, batch_size=batch_size)
     state = solution.state
-    # Finite, or said to be lost; the point is finite in any case.
-    assert np.isfinite(solution.x).all() and solution.status.name in ("step limit", "diverged")
-    assert int(state.rounds) == int(solution.steps) <= 3 and (state.rounds == 3 or solution.status.name == "diverged")
+    # Three rounds, or the last point before the one that was lost: finite in any case.
+    assert np.isfinite(solution.x).all()
+    if solution.status.name == "diverged":
+        assert int(state.rounds) < int(solution.steps) <= 3 and "not finite" in str(solution.status)
+    else:
+        assert solution.status.name == "step limit" and int(state.rounds) == 3
     # The same key, the same bits.
-    assert bits((state, solution.history)) == bits(
-        (lambda s: (s.state, s.history))(run(solver, 3, batch_size=batch_size))
-    )
+    again = run(solver, 3, batch_size=batch_size)
+    assert bits((state, solution.history)) == bits((again.state, again.history))
     # Bytes as declared are bytes of payloads, of all workers and rounds.
-    account, piece, done = (
-        solver.account(problem(), START.astype(np.float32)),
-        -(-D // solver.blocks),
-        int(state.rounds),
-    )
+    account = solver.account(problem(), START.astype(np.float32))
+    piece, done = -(-D // solver.blocks), int(state.rounds)
     up = solver.blocks * size_of(codec_of(solver.uplink), piece)
     down = (N - 1) * up if solver.downlink is None else solver.blocks * size_of(codec_of(solver.downlink), piece)
     assert (account.up, account.down, account.dense) == (up, down, 4 * D)

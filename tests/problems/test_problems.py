@@ -40,7 +40,7 @@ def at(problem, x):
 
 # --- all that are functions (the others: test_measured.py) ------------------------------------------
 
-FUNCTIONS = [name for name in PROBLEMS if name not in ("coded-diffraction", "missing-entries")]
+FUNCTIONS = [name for name in PROBLEMS if name not in ("coded-diffraction", "missing-entries", "digits-on-workers")]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -206,7 +206,8 @@ def choose_solver(name: str, chosen: Mapping[str, Any], seed: int) -> Solver:
     parameters = inspect.signature(factory).parameters
     for option in chosen:
         check_choice(f"option of {kebab}", option, parameters)
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in chosen]
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    missing = [n for n in needed if n not in chosen]
     if missing:
         raise InputError("--set", ", ".join(chosen) or "nothing", f"also {', '.join(missing)}, for {kebab}")
     if kebab in rows and rows[kebab].kind != "transformation":

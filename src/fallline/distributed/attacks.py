@@ -24,6 +24,7 @@ Sources: M. Baruch, G. Baruch and Y. Goldberg, *A Little Is Enough* (2019), Algo
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -31,7 +32,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.stats import norm
 
 from ..core.errors import InputError, check_count
 
@@ -130,7 +130,7 @@ class LittleIsEnough(Attack):
     def say(self, honest: Array, own: Array, place: Place) -> Array:
         count, b = len(honest), len(own)
         needed = (count + b) // 2 + 1 - b
-        z = float(norm.ppf(np.clip((count - needed) / count, 1e-6, 1 - 1e-6))) if self.z is None else self.z
+        z = float(NormalDist().inv_cdf(np.clip((count - needed) / count, 1e-6, 1 - 1e-6))) if self.z is None else self.z
         return jnp.mean(honest, axis=0) - z * jnp.std(honest, axis=0)
 
 

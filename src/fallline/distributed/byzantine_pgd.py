@@ -46,7 +46,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
-from scipy.special import betainc
 
 from ..core import trees
 from ..core.calls import Calls, strong
@@ -259,4 +258,6 @@ def ball_marginal(radius: float, height: float, dimension: int) -> float:
     check_positive("radius", radius)
     check_nonnegative("height", height)
     check_count("dimension", dimension, 1)
+    from scipy.special import betainc  # not every import of fallline should pay for it
+
     return float(betainc((dimension + 1) / 2, 0.5, max(0.0, 1 - (height / radius) ** 2)))

@@ -13,15 +13,16 @@ Source: H. Tang, C. Yu, X. Lian, T. Zhang and J. Liu, *DoubleSqueeze: Parallel S
 Double-pass Error-Compensated Compression*, ICML 2019 (arXiv 1905.05957), Algorithm 1.
 
 Guarantee: with E‖Q[v] − v‖ ≤ ε/2 and γ = 1/(4L + σ√(T/n) + ε^{2/3}T^{1/3}), constants as recalled, the mean of
-E‖∇f(x_t)‖² over T steps is O(σ/√(nT) + ε^{2/3}/T^{2/3} + 1/T): what the compression costs is of higher order. For any Q the point x_t − γ δ_{t−1} − γ/n Σ_i δ⁽ⁱ⁾_{t−1} moves as uncompressed
-stochastic gradient descent does.
+E‖∇f(x_t)‖² over T steps is O(σ/√(nT) + ε^{2/3}/T^{2/3} + 1/T): what the compression costs is of higher order. For any
+Q, and γ that does not change, x_t − γ δ_{t−1} − γ/n Σ_i δ⁽ⁱ⁾_{t−1} moves as uncompressed stochastic gradient descent
+does.
 
 Departures: none.
 
 Use it where both directions are slow. The 1-bit codec's ℓ2 scale is the paper's, and is no contraction where gradients
 are sparse; `Signs("l1")` always is. Around a codec whose error exceeds the vector, such as `QSGD(1)`, memories may grow
-until the run is lost. With momentum or Adam build the `Round` yourself: they stand in the server rule,
-after the downlink.
+until the run is lost. With momentum or Adam build the `Round` yourself: they stand in the server rule, after the
+downlink.
 """
 
 from __future__ import annotations

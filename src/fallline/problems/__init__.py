@@ -9,6 +9,7 @@ from typing import Any
 from ..core.errors import InputError, check_choice
 from .coded_diffraction import coded_diffraction
 from .digits import as_image, leading_pattern
+from .digits_on_workers import digits_on_workers
 from .gaussian_phase_retrieval import gaussian_phase_retrieval
 from .instance import Images, Instance
 from .linear_autoencoder import linear_autoencoder, principal_components, widen_autoencoder
@@ -23,6 +24,7 @@ __all__ = [
     "Instance",
     "as_image",
     "coded_diffraction",
+    "digits_on_workers",
     "instance",
     "leading_pattern",
     "missing_entries",
@@ -39,6 +41,7 @@ __all__ = [
 
 PROBLEMS: dict[str, Callable[..., Instance]] = {
     "coded-diffraction": coded_diffraction,
+    "digits-on-workers": digits_on_workers,
     "linear-autoencoder": linear_autoencoder,
     "gaussian-phase-retrieval": gaussian_phase_retrieval,
     "missing-entries": missing_entries,

@@ -10,6 +10,8 @@ is a strict saddle, for the unit's block of the Hessian is [[λ, M], [Mᵀ, λ]]
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,20 @@ TRAIN = 1200  # the first rows train, the other 597 (other writers, in part) tes
 Weights = dict[str, Array]
 
 
-def _logits(x: Weights, pixels: Float[Array, "rows 64"]) -> Float[Array, "rows 10"]:
+def logits(x: Weights, pixels: Float[Array, "rows 64"]) -> Float[Array, "rows 10"]:
+    """The output of the network."""
     return jnp.tanh(pixels @ x["hidden"] + x["hidden_bias"]) @ x["output"] + x["output_bias"]
+
+
+def random_weights(key: Array, hidden: int, dtype: Any) -> Weights:
+    """Gaussian weights whose sums have variance one, no biases."""
+    first, second = jax.random.split(key)
+    return {
+        "hidden": jax.random.normal(first, (SIDE**2, hidden), dtype) / SIDE,
+        "hidden_bias": jnp.zeros(hidden, dtype),
+        "output": jax.random.normal(second, (hidden, CLASSES), dtype) / np.sqrt(hidden),
+        "output_bias": jnp.zeros(CLASSES, dtype),
+    }
 
 
 def widen_classifier(x: Weights, hidden: int) -> Weights:
@@ -63,21 +77,12 @@ def tanh_classifier(hidden: int = 8, weight_decay: float = 1e-3) -> Instance:
     pixels = real(pixels)
 
     def loss(x: Weights, rows: Float[Array, "rows 64"], answers: Int[Array, " rows"]) -> Float[Array, ""]:
-        log_odds = jax.nn.log_softmax(_logits(x, rows))
+        log_odds = jax.nn.log_softmax(logits(x, rows))
         picked = jnp.take_along_axis(log_odds, answers[:, None], axis=1)
         return -jnp.mean(picked) + 0.5 * weight_decay * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x))
 
-    def start(key: Array) -> Weights:
-        first, second = jax.random.split(key)
-        return {
-            "hidden": jax.random.normal(first, (SIDE**2, hidden), pixels.dtype) / SIDE,
-            "hidden_bias": jnp.zeros(hidden, pixels.dtype),
-            "output": jax.random.normal(second, (hidden, CLASSES), pixels.dtype) / np.sqrt(hidden),
-            "output_bias": jnp.zeros(CLASSES, pixels.dtype),
-        }
-
     def measure(x: Weights) -> dict[str, float]:
-        right = np.argmax(np.asarray(_logits(x, jnp.asarray(pixels))), axis=1) == labels
+        right = np.argmax(np.asarray(logits(x, jnp.asarray(pixels))), axis=1) == labels
         return {"training accuracy": float(right[:TRAIN].mean()), "test accuracy": float(right[TRAIN:].mean())}
 
     def draw(direction: Weights) -> Images:
@@ -86,7 +91,7 @@ def tanh_classifier(hidden: int = 8, weight_decay: float = 1e-3) -> Instance:
     data = (pixels[:TRAIN], labels[:TRAIN].astype(np.int32))
     return Instance(
         problem=Objective(loss, data),
-        start=start,
+        start=lambda key: random_weights(key, hidden, pixels.dtype),
         description=f"Digits by one hidden layer of {hidden} tanh units, cross-entropy, weight decay {weight_decay:g}; "
         f"{TRAIN} digits train, {len(labels) - TRAIN} test.",
         answer="no closed form is known",

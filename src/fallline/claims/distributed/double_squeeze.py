@@ -128,7 +128,7 @@ def _draw_bytes(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
             sent = EVERY * (row["up"] + row["down"]) * np.arange(1, len(row["curve"]))
             ax.loglog(sent / 1e6, row["curve"][1:], color=colors[name], label=name)
         ax.set(xlabel="megabytes of a worker, both ways", ylabel="training loss", title=f"dealt out: {split}")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize="x-small", loc="lower left")
 
 
 AS_SGD = Claim(
@@ -232,8 +232,8 @@ INVARIANT = Claim(
     refuted_by="a distance above rounding, for any codec, in any of 200 rounds on label-sorted data.",
     kind="invariance",
     source="the proof of the convergence theorem",
-    tolerance="1e-12 in float64 and 1e-5 in float32, of 1 + max |x|: 200 additions of numbers below 1 round by at most "
-    "200 × 1.1e-16 and 200 × 6e-8; the prototype had 4e-15 in float64.",
+    tolerance="1e-12 in float64 and 1e-5 in float32, of 1 + max |x|: 200 steps round by 1.1e-16 and 6e-8 each, √200 "
+    "times as much together and 200 times at worst; the prototype had 4e-15 in float64.",
     seeds=dict.fromkeys(Scale, 1),
     build=_codecs,
     measure=_distances(1.0),
@@ -248,7 +248,7 @@ INVARIANT = Claim(
 
 LEVEL, LONGEST = 0.3, 1000
 GRID = (0.05, 0.1, 0.2, 0.4, 0.8)
-COUNTS = {Scale.SMOKE: (1, 4), Scale.SMALL: (1, 2, 4, 8), Scale.FULL: (1, 2, 4, 8, 16, 32)}
+COUNTS = {Scale.SMOKE: (1, 4), Scale.SMALL: (1, 2, 4, 8), Scale.FULL: (1, 2, 4, 8)}
 
 
 def _of_one_example(scale: Scale) -> tuple[tuple[dict[int, Sharded], int], list[Check]]:

@@ -66,7 +66,7 @@ class Logistic:
     def solver(self, link: str, shift: float) -> Averaged:
         """Of W workers with γ/W, a/W, and reads that are up to W rounds late: a round is W steps of one."""
         w = self.problem.workers.count
-        options = {"reads": StaleReads(w)} if w > 1 else {}
+        options: dict[str, Any] = {"reads": StaleReads(w)} if w > 1 else {}
         plain = mem_sgd(strong_convexity=1 / self.examples, shift=shift / w, gamma=2 / w, **options)
         return eqx.tree_at(lambda solver: solver.solver.uplink, plain, self.links[link])
 
@@ -113,16 +113,19 @@ def _ratios(measured: Mapping[str, Any], name: str, to: str = "SGD") -> list[flo
     return [row[-1] / other[-1] for row, other in zip(measured[name]["excess"], measured[to]["excess"], strict=True)]
 
 
-def _draw_excess(names: Sequence[str]) -> Callable[[Mapping[str, Any], Sequence[Any]], None]:
-    def draw(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
-        for name, color in zip(names, COLORS, strict=False):
-            for i, row in enumerate(measured[name]["excess"]):
-                label = name if i == 0 else None
-                axes[0].semilogy(range(1, len(row)), row[1:], color=color, linewidth=1, label=label)
-        axes[0].set(xlabel="epoch", ylabel="f(x̄) − f*")
-        axes[0].legend(frameon=False)
+def _draw_excess(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
+    methods = {name: row["excess"] for name, row in measured.items() if isinstance(row, Mapping)}
+    for (name, rows), color in zip(methods.items(), COLORS, strict=False):
+        for i, row in enumerate(rows):
+            axes[0].semilogy(range(1, len(row)), row[1:], color=color, linewidth=1, label=name if i == 0 else None)
+    axes[0].set(xlabel="epoch", ylabel="f(x̄) − f*")
+    axes[0].legend(frameon=False)
 
-    return draw
+
+def _draw_both(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
+    for (name, rows), axis in zip(measured.items(), axes, strict=True):
+        _draw_excess(rows, [axis])
+        axis.set_title(name)
 
 
 # ---- with memory one coordinate is enough -----------------------------------------------------------
@@ -210,7 +213,7 @@ MEMORY = Claim(
     judge=_as_good,
     control="without memory",
     measure_control=_memory(", no memory"),
-    draw=_draw_excess(tuple(CANCER)),
+    draw=_draw_excess,
 )
 
 
@@ -311,9 +314,7 @@ SHIFT = Claim(
     judge=_early,
     control="a = 1 with memory, as for no shift",
     measure_control=_shifted(1.0),
-    draw=lambda measured, axes: [
-        _draw_excess(tuple(row))(row, [axis]) for row, axis in zip(measured.values(), axes, strict=True)
-    ][0],
+    draw=_draw_both,
     panels=2,
 )
 
@@ -359,7 +360,7 @@ PARALLEL = Claim(
     judge=_like_one,
     control="without memory",
     measure_control=_parallel("top-1, no memory"),
-    draw=_draw_excess(("1 core", "2 cores", "4 cores", "8 cores", "16 cores")),
+    draw=_draw_excess,
 )
 
 CLAIMS = (MEMORY, SHIFT, PARALLEL)
