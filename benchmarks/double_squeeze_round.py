@@ -11,8 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
-from timing import interleaved, report
 
 from fallline.distributed.double_squeeze import double_squeeze
 from fallline.distributed.round import Round

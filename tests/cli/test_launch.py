@@ -1,4 +1,4 @@
-"""`fallline launch`: processes that die or freeze are named, the rest is stopped, and the run goes on to the same bits."""
+"""`fallline launch`: who dies or freezes is named, the rest is stopped, and the run goes on to the same bits."""
 
 import os
 import re

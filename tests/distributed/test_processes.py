@@ -39,7 +39,9 @@ def test_the_transport_account_is_what_the_operating_system_counts(namespaces):
 
 
 def test_five_methods_simulated_and_in_two_and_four_processes_give_the_same_bits():
-    alone = subprocess.run([sys.executable, str(SCRIPTS / "five_methods.py")], capture_output=True, text=True, check=True)
+    alone = subprocess.run(
+        [sys.executable, str(SCRIPTS / "five_methods.py")], capture_output=True, text=True, check=True
+    )
     expected = alone.stdout.splitlines()
     assert len(expected) == 7
     for processes in (2, 4):

@@ -5,7 +5,6 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import fallline as fl
 from fallline.distributed import Median, RandomK, Sharded, SignFlip, StaleReads, TopK, TrimmedMean, join
