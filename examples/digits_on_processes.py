@@ -1,4 +1,4 @@
-"""A small network on scikit-learn's digits, trained by DoubleSqueeze: eight workers, one bit a number in both directions.
+"""A small network on scikit-learn's digits, trained by DoubleSqueeze: eight workers, one bit a number each way.
 
     python examples/digits_on_processes.py FOLDER                       simulates the workers in one process
     fallline launch 4 examples/digits_on_processes.py FOLDER            has four processes, two workers each

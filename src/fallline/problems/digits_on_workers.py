@@ -48,7 +48,7 @@ def digits_on_workers(
     return Instance(
         problem=Sharded(_losses, dealt, batch_size, exact=exact, lower_bound=0.0),
         start=lambda key: random_weights(key, hidden, data[0].dtype),
-        description=f"Digits by one hidden layer of {hidden} tanh units, cross-entropy; {workers} workers with {shares}.",
+        description=f"Digits by one hidden layer of {hidden} tanh units; {workers} workers with {shares}.",
         answer="no closed form is known",
         measure=measure,
     )
