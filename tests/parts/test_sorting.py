@@ -51,13 +51,23 @@ def test_infinities_and_nan_are_the_largest():
 def test_a_median_compares_less_than_a_sort():
     """What no wanted rank depends on is left out: counted in the program."""
 
-    def comparisons(ranks):
-        made = jax.make_jaxpr(lambda rows: order_statistics(list(rows), ranks))(jnp.zeros((32, 4)))
-        return sum(equation.primitive.name == "gt" for equation in made.jaxpr.eqns)
+    def taken(ranks, **options):
+        """Minima and maxima: two for a comparison of which both results are wanted."""
+        made = jax.make_jaxpr(lambda rows: order_statistics(list(rows), ranks, **options))(jnp.zeros((32, 4)))
+        return sum(equation.primitive.name in ("min", "max") for equation in made.jaxpr.eqns)
 
-    assert comparisons(range(32)) == len(network(32)) == 191
-    assert comparisons([15, 16]) < 191
-    assert comparisons([0]) == 31
+    assert taken(range(32)) == 2 * len(network(32)) == 2 * 191
+    assert taken([15, 16]) < 2 * 157
+    assert taken([0]) == 31
+    assert taken(range(32), as_set=True) == 0
+    assert taken(range(8, 24), as_set=True) < taken(range(8, 24)) < 2 * 191
+
+
+@pytest.mark.parametrize(("n", "first", "last"), [(5, 1, 4), (8, 2, 6), (20, 5, 15), (33, 16, 17), (33, 3, 30)])
+def test_a_set_of_ranks_has_the_entries_of_these_ranks(n, first, last):
+    x = np.random.default_rng(n).integers(-6, 6, (n, 300)).astype(np.float32)
+    found = order_statistics([jnp.asarray(row) for row in x], range(first, last), as_set=True)
+    np.testing.assert_array_equal(np.sort(np.stack(found), axis=0), np.sort(x, axis=0)[first:last])
 
 
 @pytest.mark.parametrize("cut", [-1, 2, 3, 0.5])

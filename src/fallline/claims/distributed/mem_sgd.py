@@ -1,7 +1,7 @@
 """Mem-SGD on logistic regression: with memory one coordinate is enough, and the shift lets the memory be emptied.
 
 The thresholds of the first claim were fixed after a prototype in NumPy and before the first run of this code; those of
-the others are the same numbers, on data of which the prototype knew nothing.
+the others are the same factors, on data whose sizes and shifts were settled after trials with this code.
 """
 
 from __future__ import annotations
