@@ -60,7 +60,9 @@ def top_k() -> None:
             print("torch is not installed: without torch.topk")
         times = interleaved(runs, rounds=15, pick=min)
         rows = {f"{name}, ms": 1e3 * seconds for name, seconds in times.items()}
-        rows |= {f"{name} over ours": times[name] / times["top-k"] for name in runs if name.endswith("k") and "." in name}
+        rows |= {
+            f"{name} over ours": times[name] / times["top-k"] for name in runs if name.endswith("k") and "." in name
+        }
         report(f"the {K} largest of {N} entries, {title}", rows, "at least 3 times faster, ties to the lower index")
 
 
