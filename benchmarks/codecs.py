@@ -1,7 +1,7 @@
 """Codecs against their floors, and where it is installed, PyTorch.
 
-Floors: packing reads 4 bytes an entry and writes a bit, unpacking the other way. A read is a sum, a write fills an array
-with one number; both are allocated anew, as the results of the codecs are.
+Floors: packing reads 4 bytes an entry and writes a bit, unpacking the other way. A read is a sum, a write fills an
+array with one number; both are allocated anew, as the results of the codecs are.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def signs() -> None:
 
 
 def top_k() -> None:
-    v = jax.random.normal(jax.random.key(0), (N,))
-    for title, v in {"of no two equal": v, "with ties": jnp.round(8 * v) / 8}.items():
+    draw = jax.random.normal(jax.random.key(0), (N,))
+    for title, v in {"of no two equal": draw, "with ties": jnp.round(8 * draw) / 8}.items():
         expected = np.sort(np.argsort(-np.abs(np.asarray(v)), kind="stable")[:K])
         np.testing.assert_array_equal(TopK(K).encode(v)[0], expected)
         runs = {

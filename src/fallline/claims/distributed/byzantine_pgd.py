@@ -323,9 +323,9 @@ USUAL = Claim(
     measure_control=_under_attack(lambda one: Mean()),
     draw=_draw_attacks,
     finding="Every run leaves the saddle and ends beside a minimum, but not always within the threshold: 16 of the 18 "
-    "combinations meet it, with F from −2.113 to −2.227 for the worst of four seeds; the median under NaN ends at −2.097 "
-    "and the trimmed mean under inner products at −2.099. Twenty workers, of which six lie, leave an aggregate that "
-    "is off by more than the hundred of the attack on the saddle.",
+    "combinations meet it, with −2.114 to −2.227 for the worst of four seeds; the median under NaN ends at −2.097, the "
+    "trimmed mean under inner products at −2.099. Twenty workers, of which six lie, leave an aggregate that is "
+    "off by more than that of the hundred in the attack on the saddle.",
 )
 
 
