@@ -332,3 +332,13 @@ def test_every_attack_repeats_with_its_key():
     for attack, rule in itertools.product((RandomSigns(B), LargeNoise(B)), (Median(),)):
         np.testing.assert_array_equal(aggregate(attack, rule), aggregate(attack, rule))
         assert attacked_round(attack, rule).random and not attacked_round(SignFlip(B), rule).random
+
+
+@pytest.mark.parametrize(("rule", "end"), [(Median(), 1.0), (TrimmedMean(3), 1.0), (Mean(), (6 * 1 + 3 * 8) / 9)])
+def test_flipped_labels_move_the_mean_and_not_the_robust_rules(rule, end):
+    """Workers with the labels 0, 1, 2 and squared losses: those of three become 9, 8, 7."""
+    labels = flip_labels(np.tile([0, 1, 2], (N, 1)), 3, 10).astype(np.float32)
+    problem = Sharded(lambda x, batch: 0.5 * (x - batch) ** 2, labels)
+    solver = Round(Gradient(), Plain(), rule, None, Step(optax.sgd, learning_rate=0.5))
+    run = fl.minimize(problem, np.float32(0), solver, steps=60)
+    np.testing.assert_allclose(run.x, end, rtol=1e-6)
