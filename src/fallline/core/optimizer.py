@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -14,9 +14,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from . import trees
-from .calls import Calls
+from .calls import COST, Calls
 from .errors import InputError, check_choice, check_positive, is_traced
-from .problem import Problem
+from .extra import declared
+from .problem import FiniteSum, Problem
 from .solver import GRADIENT, MINIBATCH, Solver, State
 
 __all__ = ["optimizer"]
@@ -43,10 +44,20 @@ class Optimizer(Solver):
     options: dict[str, Any] = eqx.field(static=True)
     factory: Callable = eqx.field(static=True)
     label: str = eqx.field(static=True)
+    extra: frozenset[str] = eqx.field(static=True, default=frozenset())
 
     @property
     def name(self) -> str:
         return self.label
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        oracles = {"hvp": "hvp", "per_example_gradients": "per_example"}
+        return frozenset({"gradient"} | {oracles[name] for name in self.extra & oracles.keys()})
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return bool(self.extra & {"vector", "hvp", "key"})
 
     def transformation(self) -> optax.GradientTransformation:
         """The Optax transformation with the current numbers."""
@@ -60,10 +71,56 @@ class Optimizer(Solver):
         return update.init(view.forward(x)) if view.real else inner
 
     def move(
-        self, objective: Callable, x: PyTree, value: Array, gradient: PyTree, inner: Any
+        self,
+        objective: Callable,
+        x: PyTree,
+        value: Array,
+        gradient: PyTree,
+        inner: Any,
+        extra: Mapping[str, Any] | None = None,
     ) -> tuple[PyTree, Any, Calls]:
         """One update of `x`: the new point, Optax's new state, and the calls of `objective` that it made itself."""
-        return _apply(self.transformation(), objective, x, value, gradient, inner)
+        return _apply(self.transformation(), objective, x, value, gradient, inner, extra or {})
+
+    def _asked(self, problem: Problem, x: PyTree, key: Array | None) -> tuple[dict[str, Any], Calls]:
+        """The extra arguments that the transformation declares, at `x` on the whole problem, and what they cost."""
+        given, calls = self._drawn(x, key), Calls()
+        if "hvp" in self.extra:
+            given["hvp"], calls = problem.hvp(x, given["vector"]), calls + Calls(hvp=1)
+        if "per_example_gradients" in self.extra:
+            assert isinstance(problem, FiniteSum)
+            given["per_example_gradients"] = problem.per_example_gradients(x, problem.data)
+            calls += GRADIENT
+        return given, calls
+
+    def _asked_of_rows(self, problem: Problem, x: PyTree, key: Array) -> tuple[Array, PyTree, dict[str, Any], Calls]:
+        """Value and gradient on a minibatch, the extra arguments on its rows, and what all of it cost."""
+        given, calls = self._drawn(x, key), MINIBATCH
+        if "hvp" in self.extra:
+
+            def gradient_of(x: PyTree) -> tuple[PyTree, Array]:
+                value, gradient = problem.minibatch(x, key)
+                return gradient, value
+
+            gradient, given["hvp"], value = jax.jvp(gradient_of, (x,), (given["vector"],), has_aux=True)
+            calls += Calls(minibatch=_HVP)
+        else:
+            value, gradient = problem.minibatch(x, key)
+        if "per_example_gradients" in self.extra:
+            assert isinstance(problem, FiniteSum)
+            given["per_example_gradients"] = problem.per_example_gradients(x, problem.sample(key))
+            calls += MINIBATCH
+        return value, gradient, given, calls
+
+    def _drawn(self, x: PyTree, key: Array | None) -> dict[str, Any]:
+        """What is drawn for a step by keys of its own: a Gaussian vector, and a key."""
+        given: dict[str, Any] = {}
+        if key is not None and self.random:
+            vector, own = jax.random.split(jax.random.fold_in(key, _OWN))
+            draws = {"vector": lambda: trees.normal_like(vector, x), "key": lambda: own}
+            asked = self.extra | ({"vector"} if "hvp" in self.extra else set())
+            given = {name: draw() for name, draw in draws.items() if name in asked}
+        return given
 
     def init(self, problem: Problem, x: PyTree, *, key: Array | None) -> OptimizerState:
         inner = self.begin(x)
@@ -74,22 +131,34 @@ class Optimizer(Solver):
 
     def step(self, problem: Problem, state: OptimizerState, *, key: Array | None) -> OptimizerState:
         if key is not None and problem.random:
-            value, gradient = problem.minibatch(state.x, key)
+            value, gradient, extra, asked = self._asked_of_rows(problem, state.x, key)
 
             def same_rows(x: PyTree) -> Array:
                 return problem.minibatch(x, key)[0]
 
-            x, inner, used = self.move(same_rows, state.x, value, gradient, state.inner)
-            asked = MINIBATCH + Calls(minibatch=used.gradient + used.value)
+            x, inner, used = self.move(same_rows, state.x, value, gradient, state.inner, extra)
+            asked += Calls(minibatch=used.gradient + used.value)
             return OptimizerState(x, state.calls + asked, None, None, None, value, inner)
         assert state.value is not None
-        x, inner, used = self.move(problem.value, state.x, state.value, state.gradient, state.inner)
+        extra, before = self._asked(problem, state.x, key)
+        x, inner, used = self.move(problem.value, state.x, state.value, state.gradient, state.inner, extra)
         value, gradient, asked = _value_and_gradient(self.transformation(), problem, x, inner, state)
-        return OptimizerState(x, state.calls + used + asked, gradient, value, trees.norm(gradient), None, inner)
+        calls = state.calls + before + used + asked
+        return OptimizerState(x, calls, gradient, value, trees.norm(gradient), None, inner)
+
+
+_HVP = int(COST["hvp"])  # what a product on a minibatch costs, in minibatches
+_OWN = 0x6F776E  # folded into a step's key for what is drawn beside the minibatch
 
 
 def _apply(
-    update: optax.GradientTransformation, objective: Callable, x: PyTree, value: Array, gradient: PyTree, inner: Any
+    update: optax.GradientTransformation,
+    objective: Callable,
+    x: PyTree,
+    value: Array,
+    gradient: PyTree,
+    inner: Any,
+    given: Mapping[str, Any],
 ) -> tuple[PyTree, Any, Calls]:
     """One `update`, with the extra arguments that it accepts, and the calls that it made itself."""
     view = _view(update, inner, x)
@@ -102,7 +171,8 @@ def _apply(
 
     extra = {"value": value, "grad": slope, "value_fn": value_fn}
     accepted = _extra_arguments(update)
-    updates, inner = update.update(slope, inner, point, **{k: v for k, v in extra.items() if k in accepted})
+    extra = {k: v for k, v in extra.items() if k in accepted}
+    updates, inner = update.update(slope, inner, point, **extra, **given)
     used = sum((_search_calls(search) for search in _searches(inner)), start=Calls())
     return view.backward(optax.apply_updates(point, updates)), inner, used
 
@@ -202,7 +272,7 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
     if ready and not isinstance(factory, type):  # `optax.MultiSteps` is a class, and a factory
         if options:
             raise InputError("options", ", ".join(options), "none: a ready-made transformation has its numbers already")
-        return Optimizer({}, _Options(), _Fixed(factory), "optimizer")
+        return Optimizer({}, _Options(), _Fixed(factory), "optimizer", declared(factory))
     if not callable(factory):
         raise InputError("factory", type(factory).__name__, "an Optax factory such as optax.adam, or a transformation")
     label = getattr(factory, "__name__", type(factory).__name__)
@@ -218,9 +288,9 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
         raise InputError("learning_rate", None, "a number or a schedule")
     if rate is not None and not callable(rate) and np.ndim(rate) == 0:
         check_positive("learning_rate", rate)
-    if not is_traced(options):
-        # Its own checks of numbers, which are arrays from here on; on the host, where nothing is compiled for them.
-        factory(**{k: np.asarray(v) if isinstance(v, jax.Array) and _is_number(v) else v for k, v in options.items()})
+    on_host = {k: np.asarray(v) if isinstance(v, jax.Array) and _is_number(v) else v for k, v in options.items()}
+    # With its own checks of numbers, which are arrays from here on; on the host, where nothing is compiled for them.
+    extra = declared(factory(**(options if is_traced(options) else on_host)))
     static = _branched_on(factory, options)
     for name in static:
         if isinstance(options[name], jax.Array):
@@ -228,7 +298,7 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
             raise InputError(name, trees.describe(options[name]), expected)
     numbers = {k: v for k, v in options.items() if _is_number(v) and k not in static}
     rest = {k: v for k, v in options.items() if k not in numbers}
-    return Optimizer(numbers, _Options(rest), factory, label)
+    return Optimizer(numbers, _Options(rest), factory, label, extra)
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -289,8 +359,12 @@ def _branched_on(factory: Callable, options: dict[str, Any]) -> set[str]:
             made = factory(**{**options, **dict(zip(names, values, strict=True))})
             state = made.init(params)
             extra = {"value": jnp.float32(1), "grad": params, "value_fn": lambda p: jnp.sum(p["w"] ** 2)}
-            accepted = _extra_arguments(made)
-            return made.update(params, state, params, **{k: v for k, v in extra.items() if k in accepted})[0]
+            asked = {"vector": params, "hvp": params, "per_example_gradients": jax.tree.map(lambda a: a[None], params)}
+            asked["key"] = jax.random.key(0)
+            given = {k: v for k, v in extra.items() if k in _extra_arguments(made)}
+            return made.update(params, state, params, **given, **{k: asked[k] for k in declared(made) & asked.keys()})[
+                0
+            ]
 
         try:
             jax.eval_shape(build, [_shape(options[n]) for n in names], probe)

@@ -24,6 +24,7 @@ __all__ = [
     "is_floating",
     "is_key",
     "norm",
+    "normal_like",
     "real_dtype",
     "signature",
     "split",
@@ -192,6 +193,15 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 def copy_tree(tree: PyTree) -> PyTree:
     """A copy that shares no buffer with the original, inside or outside of jit."""
     return jax.tree.map(lambda a: jnp.array(a, copy=True), tree)
+
+
+def normal_like(key: Array, like: PyTree) -> PyTree:
+    """Independent standard normal entries in the shapes and dtypes of `like`; complex ones of variance 1."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    )
 
 
 def flat_size(tree: PyTree) -> int:

@@ -173,7 +173,7 @@ class Step(ServerRule):
     def check(self, x: PyTree) -> None:
         try:
             jax.eval_shape(lambda x: self.apply(trees.flatten(x), x, self.init(x)), x)
-        except TypeError as error:  # a keyword that is missing
+        except (TypeError, InputError) as error:  # a keyword that is missing
             reason = f"{self.optimizer.name}, which fails with: {error}"
             raise InputError("server", reason, "an Optax optimizer that needs the gradient only") from error
 
