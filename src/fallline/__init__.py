@@ -33,6 +33,7 @@ from .landscape.exponential_linear_nets import (
     exponential_linear_nets,
     initial_factors,
 )
+from .parts.nonfinite import on_nonfinite
 from .recovery.matrix_completion import matrix_completion
 from .recovery.matrix_sensing import matrix_sensing
 from .recovery.overparam_matrix_sensing import overparam_matrix_sensing
@@ -91,6 +92,7 @@ __all__ = [
     "matrix_sensing",
     "mem_sgd",
     "minimize",
+    "on_nonfinite",
     "optimizer",
     "overparam_matrix_sensing",
     "perturbed_gradient_descent",

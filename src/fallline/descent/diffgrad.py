@@ -38,7 +38,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ..core.errors import InputError, check_fraction, check_nonnegative
-from ..core.trees import describe
+from ..core.trees import cast_like, describe
 
 __all__ = ["diffgrad", "scale_by_diffgrad"]
 
@@ -46,7 +46,7 @@ Friction = Callable[[Array, Array], Array]
 
 
 class DiffGradState(NamedTuple):
-    """Steps so far; the two moments and the previous gradient, each like the parameters."""
+    """Steps so far; the two moments and the previous gradient, each like the parameters, in at least float32."""
 
     count: Int[Array, ""]  # type: ignore[assignment]  # the name that Optax's tools look for
     mu: optax.Updates
@@ -79,11 +79,12 @@ def scale_by_diffgrad(
         for leaf in jax.tree.leaves(params):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise InputError("params", describe(leaf), "real floating arrays: |g_prev − g| compares coordinates")
-        mu, nu, previous = (optax.tree.zeros_like(params) for _ in range(3))
+        mu, nu, previous = (jax.tree.map(lambda a: jnp.zeros_like(a, _wide(a)), params) for _ in range(3))
         return DiffGradState(jnp.zeros((), jnp.int32), mu, nu, previous)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, DiffGradState]:
         del params
+        given, updates = updates, jax.tree.map(lambda g: g.astype(_wide(g)), updates)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -94,9 +95,13 @@ def scale_by_diffgrad(
             state.previous,
             *corrected,
         )
-        return scaled, DiffGradState(count, mu, nu, updates)
+        return cast_like(scaled, given), DiffGradState(count, mu, nu, updates)
 
     return optax.GradientTransformation(init, update)
+
+
+def _wide(leaf: Array) -> Any:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def diffgrad(

@@ -1,0 +1,197 @@
+"""Every transformation as a plain Optax object: in chains, behind masks, injected, accumulated, spread over devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fallline as fl
+from conformance import optax_cases
+from conformance.optax_cases import OPTAX_CASES, asked, parameters, train
+from fallline.core.extra import declared
+from fallline.core.registry import catalog
+
+CASES = pytest.mark.parametrize("name", OPTAX_CASES)
+
+
+@pytest.fixture(autouse=True)
+def _single():
+    with jax.enable_x64(False):
+        yield
+
+
+def close(a, b, tolerance=1e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=tolerance, atol=1e-6)
+
+
+def moved(params):
+    return max(
+        float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, parameters())), strict=True)
+    )
+
+
+def test_every_transformation_of_the_catalog_has_a_case():
+    assert {name for name, row in catalog().items() if row.kind == "transformation"} <= OPTAX_CASES.keys()
+
+
+@CASES
+def test_in_a_chain(name):
+    update = OPTAX_CASES[name].build()
+    _, _, plain = train(update, parameters(), 1)
+    params, _, chained = train(optax.chain(update, optax.scale(0.5)), parameters(), 1)
+    close(chained, jax.tree.map(lambda a: a * 0.5, plain))
+    assert moved(params) > 0
+
+
+@CASES
+def test_compiled_or_not(name):
+    update = OPTAX_CASES[name].build()
+    _, _, seen = train(update, parameters(), 2)
+    params, state = parameters(), update.init(parameters())
+    for t, expected in enumerate(seen):
+        gradient, extra = asked(update, params, jnp.float32(t))
+        updates, after = update.update(gradient, state, params, **extra)
+        close(updates, expected, 1e-4)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        described = [[(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (state, after)]
+        assert described[0] == described[1]
+        params, state = optax.apply_updates(params, updates), after
+
+
+@CASES
+def test_behind_a_mask(name):
+    """What is masked passes as it is; the rest moves as if there were nothing else."""
+    update = OPTAX_CASES[name].build()
+    masked = optax.masked(update, {"w": True, "b": False}, mask_compatible_extra_args=True)
+    params = {"w": parameters()["w"], "b": jnp.zeros(8)}
+    gradient, extra = asked(update, params, jnp.float32(0))
+    updates, _ = jax.jit(masked.update)(gradient, masked.init(params), params, **extra)
+    close(updates["b"], gradient["b"])
+
+    def only(tree):
+        return {"w": tree["w"]}
+
+    extra = {key: only(value) if isinstance(value, dict) else value for key, value in extra.items()}
+    alone, _ = jax.jit(update.update)(only(gradient), update.init(only(params)), only(params), **extra)
+    close(updates["w"], alone["w"])
+
+
+@CASES
+def test_beside_another_transformation(name):
+    update = OPTAX_CASES[name].build()
+    labels = {"w": "ours", "b": "sgd"}
+    both = optax.multi_transform({"ours": update, "sgd": optax.sgd(0.25)}, labels, mask_compatible_extra_args=True)
+    gradient, extra = asked(update, parameters(), jnp.float32(0))
+    updates, _ = jax.jit(both.update)(gradient, both.init(parameters()), parameters(), **extra)
+    close(updates["b"], -0.25 * gradient["b"])
+    masked = optax.masked(update, {"w": True, "b": False}, mask_compatible_extra_args=True)
+    close(updates["w"], masked.update(gradient, masked.init(parameters()), parameters(), **extra)[0]["w"])
+
+
+@CASES
+def test_with_injected_numbers(name):
+    """The same updates as with fixed numbers, and others where a number in the state is changed."""
+    case = OPTAX_CASES[name]
+    static = tuple(key for key, value in case.options.items())
+    injected = optax.inject_hyperparams(case.factory, static_args=static)(**case.numbers, **case.options)
+    injected = optax.GradientTransformationExtraArgs(injected.init, injected.update)
+    plain = case.build()
+    gradient, extra = asked(plain, parameters(), jnp.float32(0))
+    state = injected.init(parameters())
+    updates, after = jax.jit(injected.update)(gradient, state, parameters(), **extra)
+    close(updates, plain.update(gradient, plain.init(parameters()), parameters(), **extra)[0])
+    first = next(iter(case.numbers))
+    after.hyperparams[first] = after.hyperparams[first] * 0
+    updates, _ = jax.jit(injected.update)(gradient, after, parameters(), **extra)
+    assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates)), f"{first} = 0 must give no update"
+
+
+@CASES
+def test_with_accumulated_gradients(name):
+    """Two equal batches accumulated are one step."""
+    update = OPTAX_CASES[name].build()
+    twice = optax.MultiSteps(update, 2)
+    gradient, extra = asked(update, parameters(), jnp.float32(0))
+    state = twice.init(parameters())
+    first, state = jax.jit(twice.update)(gradient, state, parameters(), **extra)
+    second, state = jax.jit(twice.update)(gradient, state, parameters(), **extra)
+    assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(first))
+    close(second, update.update(gradient, update.init(parameters()), parameters(), **extra)[0])
+
+
+@CASES
+def test_parameters_in_16_bits_have_a_state_in_32(name):
+    update = OPTAX_CASES[name].build()
+    params, state, seen = train(update, parameters(jnp.bfloat16), 3)
+    for leaf in jax.tree.leaves((params, seen)):
+        assert leaf.dtype == jnp.bfloat16 and np.isfinite(np.asarray(leaf, np.float32)).all()
+    for leaf in jax.tree.leaves(state):
+        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32
+    assert max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(seen[-1])) > 0
+
+
+@CASES
+def test_under_a_guard_a_gradient_of_nan_leaves_the_state(name):
+    guarded = fl.on_nonfinite(OPTAX_CASES[name].build(), "skip")
+    params, state, _ = train(guarded, parameters(), 2)
+    gradient, extra = asked(guarded, params, jnp.float32(2))
+    spoiled = jax.tree.map(lambda g: g.at[0].set(jnp.nan), gradient)
+    updates, after = jax.jit(guarded.update)(spoiled, state, params, **extra)
+    assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates)) and int(after.skipped) == 1
+
+    def raw(tree):
+        return [np.asarray(jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a)
+                for a in jax.tree.leaves(tree)]  # fmt: skip
+
+    for a, b in zip(raw(state.inner), raw(after.inner), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@CASES
+def test_a_gradient_of_nan_is_never_hidden(name):
+    update = OPTAX_CASES[name].build()
+    params, state, _ = train(update, parameters(), 2)
+    gradient, extra = asked(update, params, jnp.float32(2))
+    spoiled = jax.tree.map(lambda g: g.at[:].set(jnp.nan), gradient)
+    updates, _ = jax.jit(update.update)(spoiled, state, params, **extra)
+    assert any(np.isnan(np.asarray(u)).any() for u in jax.tree.leaves(updates))
+
+
+@CASES
+def test_a_missing_extra_argument_is_named(name):
+    update = OPTAX_CASES[name].build()
+    gradient, extra = asked(update, parameters(), jnp.float32(0))
+    state = update.init(parameters())
+    for missing in declared(update):
+        rest = {key: value for key, value in extra.items() if key != missing}
+        with pytest.raises(fl.InputError, match=f"^{missing}: got None"):
+            jax.jit(update.update).lower(gradient, state, parameters(), **rest)
+
+
+@pytest.fixture(scope="module")
+def on_eight():
+    """What the cases do on 8 emulated devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "0",
+    }
+    script = Path(optax_cases.__file__)
+    done = subprocess.run([sys.executable, "-W", "error", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@CASES
+def test_spread_over_eight_devices(name, on_eight):
+    assert on_eight[name]["off"] < 1e-5
+    assert on_eight[name]["kept"], "the parameters must stay where they were"
