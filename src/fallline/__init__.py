@@ -26,6 +26,7 @@ from .distributed.sign_sgd_majority_vote import sign_sgd_majority_vote
 from .distributed.topk_sparsified import topk_sparsified
 from .landscape.certify import certify, escape
 from .landscape.deep_linear_width import DeepLinear, WidthSweep, deep_linear_width
+from .landscape.dynamical_stability import Stability, dynamical_stability
 from .landscape.exponential_linear_nets import (
     DepthSweep,
     DepthTimes,
@@ -68,6 +69,7 @@ __all__ = [
     "RunError",
     "Solution",
     "Solver",
+    "Stability",
     "State",
     "Status",
     "TargetLoss",
@@ -82,6 +84,7 @@ __all__ = [
     "deep_linear_width",
     "diffgrad",
     "double_squeeze",
+    "dynamical_stability",
     "escape",
     "exponential_linear_nets",
     "gradient_norm",
