@@ -16,7 +16,16 @@ from .core.solver import Solver, State
 from .core.status import Ending, Status
 from .core.stopping import call_budget, decrease, gradient_norm, residual, time_limit
 from .core.sweep import sweep
+from .descent.adaptive_saddle_escape import (
+    Isotropy,
+    adaptive_saddle_escape,
+    big_small_steps,
+    noise_isotropy,
+    scale_by_full_matrix_rms,
+    scale_by_preconditioner,
+)
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
+from .descent.last_iterate import last_iterate, last_iterate_schedule, prox_mirror
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
 from .descent.target_surrogate import TargetLoss, armijo, target_surrogate
 from .distributed.byzantine_pgd import byzantine_pgd
@@ -59,6 +68,7 @@ __all__ = [
     "FalllineError",
     "FiniteSum",
     "InputError",
+    "Isotropy",
     "KMeans",
     "LinearNet",
     "Objective",
@@ -75,8 +85,10 @@ __all__ = [
     "TargetLoss",
     "Verdict",
     "WidthSweep",
+    "adaptive_saddle_escape",
     "armijo",
     "assign",
+    "big_small_steps",
     "byzantine_pgd",
     "call_budget",
     "certify",
@@ -90,23 +102,29 @@ __all__ = [
     "gradient_norm",
     "initial_factors",
     "k_means_plus_plus",
+    "last_iterate",
+    "last_iterate_schedule",
     "lloyd",
     "matrix_completion",
     "matrix_sensing",
     "mem_sgd",
     "minimize",
+    "noise_isotropy",
     "on_nonfinite",
     "optimizer",
     "overparam_matrix_sensing",
     "perturbed_gradient_descent",
     "phase_retrieval",
     "power_k_means",
+    "prox_mirror",
     "race",
     "random_init_phase_retrieval",
     "recover",
     "residual",
     "robust_pca",
     "scale_by_diffgrad",
+    "scale_by_full_matrix_rms",
+    "scale_by_preconditioner",
     "sign_sgd_majority_vote",
     "subgm_robust_recovery",
     "sweep",

@@ -14,7 +14,9 @@ from conformance.checks import Case, counted, ticked
 from fallline import (
     KMeans,
     TargetLoss,
+    adaptive_saddle_escape,
     diffgrad,
+    last_iterate,
     optimizer,
     perturbed_gradient_descent,
     power_k_means,
@@ -30,6 +32,7 @@ from fallline.distributed.mem_sgd import mem_sgd
 from fallline.distributed.sharded import Sharded
 from fallline.distributed.sign_sgd_majority_vote import sign_sgd_majority_vote
 from fallline.distributed.topk_sparsified import topk_sparsified
+from fallline.parts.prox import L1
 from fallline.recovery import (
     PSD,
     Absolute,
@@ -234,6 +237,28 @@ CASES = {
         lambda: optimizer(diffgrad, learning_rate=0.1),
         lambda: optimizer(diffgrad, learning_rate=0.05),
         copies=3,  # g_prev ← g, and two on the way that the compiler makes of it
+    ),
+    "adaptive-saddle-escape": on(
+        saddle,
+        near_the_saddle,
+        lambda: optimizer(
+            adaptive_saddle_escape, learning_rate=0.1, big_learning_rate=0.2, t_thresh=5, beta=0.9, burn_in=3, eps=1e-3
+        ),
+        lambda: optimizer(
+            adaptive_saddle_escape,
+            learning_rate=0.05,
+            big_learning_rate=0.3,
+            t_thresh=7,
+            beta=0.95,
+            burn_in=5,
+            eps=2e-3,
+        ),
+    ),
+    "last-iterate": on(
+        saddle,
+        near_the_saddle,
+        lambda: optimizer(last_iterate, eta=0.5, steps=25, smoothness=3.0, prox=L1(0.01)),
+        lambda: optimizer(last_iterate, eta=0.25, steps=30, smoothness=4.0, prox=L1(0.01)),
     ),
     "target-surrogate": Case(
         # A fixed inner step: a line search would walk back from NaN.

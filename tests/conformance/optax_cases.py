@@ -21,9 +21,11 @@ import optax
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fallline import diffgrad
+from fallline import adaptive_saddle_escape, diffgrad, last_iterate
 from fallline.core.extra import declared
 from fallline.core.trees import normal_like
+from fallline.inference.sgld_generalization import sghmc, sgld
+from fallline.parts.prox import L1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,17 @@ class OptaxCase:
 
 
 OPTAX_CASES = {
+    "adaptive-saddle-escape": OptaxCase(
+        # Of few gradients Ĝ is singular: a smaller eps amplifies the rounding of float32.
+        adaptive_saddle_escape,
+        {"learning_rate": 0.1, "beta": 0.8, "eps": 0.1},
+        {"burn_in": 0},
+    ),
     "diffgrad": OptaxCase(diffgrad, {"learning_rate": 0.1, "b1": 0.8}),
+    "last-iterate": OptaxCase(last_iterate, {"eta": 0.1}, {"steps": 20, "prox": L1(0.001)}),
+    # With a friction of 1 the velocity is the step, which is 0 where the learning rate is.
+    "sghmc": OptaxCase(sghmc, {"learning_rate": 0.1, "clip": 1.0, "friction": 1.0}, {"seed": 0}),
+    "sgld": OptaxCase(sgld, {"learning_rate": 0.1, "clip": 1.0}, {"seed": 0}),
 }
 
 
