@@ -33,6 +33,16 @@ from .distributed.double_squeeze import double_squeeze
 from .distributed.mem_sgd import mem_sgd
 from .distributed.sign_sgd_majority_vote import sign_sgd_majority_vote
 from .distributed.topk_sparsified import topk_sparsified
+from .inference.adversarial_risk import (
+    AdversarialRisk,
+    MonotoneNetwork,
+    adversarial_risk,
+    monotone_network,
+    supremum_transform,
+    transformed_loss,
+    tree_transform,
+)
+from .inference.sgld_generalization import GeneralizationBound, running_bound, sghmc, sgld, sgld_generalization
 from .landscape.certify import certify, escape
 from .landscape.deep_linear_width import DeepLinear, WidthSweep, deep_linear_width
 from .landscape.dynamical_stability import Stability, dynamical_stability
@@ -57,6 +67,7 @@ from .recovery.subgm_robust_recovery import subgm_robust_recovery
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdversarialRisk",
     "Calls",
     "Certificate",
     "Checkpoint",
@@ -67,10 +78,12 @@ __all__ = [
     "Ending",
     "FalllineError",
     "FiniteSum",
+    "GeneralizationBound",
     "InputError",
     "Isotropy",
     "KMeans",
     "LinearNet",
+    "MonotoneNetwork",
     "Objective",
     "Problem",
     "Progress",
@@ -86,6 +99,7 @@ __all__ = [
     "Verdict",
     "WidthSweep",
     "adaptive_saddle_escape",
+    "adversarial_risk",
     "armijo",
     "assign",
     "big_small_steps",
@@ -109,6 +123,7 @@ __all__ = [
     "matrix_sensing",
     "mem_sgd",
     "minimize",
+    "monotone_network",
     "noise_isotropy",
     "on_nonfinite",
     "optimizer",
@@ -122,14 +137,21 @@ __all__ = [
     "recover",
     "residual",
     "robust_pca",
+    "running_bound",
     "scale_by_diffgrad",
     "scale_by_full_matrix_rms",
     "scale_by_preconditioner",
+    "sghmc",
+    "sgld",
+    "sgld_generalization",
     "sign_sgd_majority_vote",
     "subgm_robust_recovery",
+    "supremum_transform",
     "sweep",
     "target_surrogate",
     "theory_parameters",
     "time_limit",
     "topk_sparsified",
+    "transformed_loss",
+    "tree_transform",
 ]

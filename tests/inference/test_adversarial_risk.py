@@ -52,6 +52,12 @@ def points(count, width, seed=5):
     return draw.normal(size=(count, width)), draw.choice([-1.0, 1.0], size=count)
 
 
+def blobs(rows=60):
+    draw = np.random.default_rng(2)
+    y = np.repeat([-1.0, 1.0], rows // 2)
+    return draw.normal(size=(rows, 3)) + 0.7 * y[:, None] * [1, 1, 0], y
+
+
 def score(layers, x):
     for weight, bias, name in layers:
         x = FUNCTIONS[name](weight @ x + bias)
@@ -123,8 +129,8 @@ def test_margins_are_in_order_and_no_attack_is_beyond_the_transform(p, x64):
 
 
 def test_without_perturbation_nothing_changes(dtype):
-    layers = layers_of((4, 6, 1), "sigmoid", dtype=dtype)
-    network, (x, y) = monotone_network(layers), points(7, 4)
+    layers = layers_of((3, 4, 1), "sigmoid", dtype=dtype)
+    network, (x, y) = monotone_network(layers), blobs()
     x = x.astype(dtype)
     scores = [score(layers, row) for row in x]
     for p in (1, 2, INF):
@@ -144,9 +150,9 @@ def test_the_attack_on_a_linear_classifier_ends_at_the_worst_point(p, x64):
 
 
 def test_nan_is_not_hidden(x64):
-    network, (x, y) = monotone_network(layers_of((4, 3, 1))), points(3, 4)
+    network, (x, y) = monotone_network(layers_of((3, 4, 1))), blobs()
     x[1, 2] = np.nan
-    assert np.isnan(tree_transform(network, x, y, 0.1)).tolist() == [False, True, False]
+    np.testing.assert_array_equal(np.isnan(tree_transform(network, x, y, 0.1)), np.arange(60) == 1)
     assert np.isnan(adversarial_risk(network, x, y, 0.1, rademacher=0.0).bound)
 
 
@@ -187,12 +193,6 @@ def test_activations_by_name_and_by_function():
 
 
 # ---- training --------------------------------------------------------------------------------------
-
-
-def blobs(rows=60):
-    draw = np.random.default_rng(2)
-    y = np.repeat([-1.0, 1.0], rows // 2)
-    return draw.normal(size=(rows, 3)) + 0.7 * y[:, None] * [1, 1, 0], y
 
 
 def test_the_transformed_loss_is_that_of_the_transform(x64):

@@ -67,7 +67,8 @@ __all__ = [
     "tree_transform",
 ]
 
-Labels, Rows = Float[Array, " rows"], Float[Array, "rows d"]
+Labels = Float[Array, " rows"]
+Rows = Float[Array, "rows d"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda z: z,
@@ -75,7 +76,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
 }
-"""The activations that never fall, which the transform needs."""
+"""Activations that never fall."""
 
 _FUNCTIONS: list[tuple[Any, str]] = [
     (jax.nn.relu, "relu"),
@@ -366,9 +367,8 @@ def _linear_rademacher(network: MonotoneNetwork, x: np.ndarray, radius: float, p
         raise InputError("norm_bound", norm_bound, f"at least the norm {norm:.6g} of the weights and bias")
     n, d = x.shape
     constant = 0.0 if network.biases[0] is None else 1.0
-    size = math.sqrt(float(np.mean(np.sum(np.square(x, dtype=np.float64), axis=1))) + constant)
-    stretch = math.sqrt(d) if p == math.inf else 1.0
-    return norm_bound * (size + radius * stretch / 2) / math.sqrt(n)
+    size = math.sqrt(float(np.sum(np.square(x, dtype=np.float64))) / n + constant)
+    return norm_bound * (size + radius * (math.sqrt(d) if p == math.inf else 1.0) / 2) / math.sqrt(n)
 
 
 def projected_gradient_attack(

@@ -158,12 +158,16 @@ def _noisy(before: float) -> Callable[[Runs, Track], dict[str, Any]]:
     return measure
 
 
+def _steps(often: str) -> str:
+    return "n steps" if often == "1" else f"{often} n steps"
+
+
 def _below_the_bound(measured: Mapping[str, Any]) -> list[Check]:
     checks: list[Check] = []
     for sampler, sizes in measured.items():
         for n, runs in sizes.items():
             for often, found in runs.items():
-                name = f"{sampler}, n = {n}, {often} n steps: |gap| + 2 standard errors"
+                name = f"{sampler}, n = {n}, {_steps(often)}: |gap| + 2 standard errors"
                 checks.append(Check(name, abs(found["gap"]) + 2 * found["standard error"], "<=", found["bound"]))
         ratio = sizes["50"]["1"]["bound"] / sizes["800"]["1"]["bound"]
         name = f"{sampler}: the bound at n = 50 over that at 800, after n steps"
@@ -182,10 +186,12 @@ def _draw_gaps(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
         for often in next(iter(sizes.values())):
             runs = [runs[often] for runs in sizes.values()]
             gaps, errors = (np.array([run[name] for run in runs]) for name in ("gap", "standard error"))
-            axis.errorbar(n, gaps, 2 * errors, fmt="o", color=colors[often], label=f"gap after {often} n steps")
+            axis.errorbar(n, gaps, 2 * errors, fmt="o", color=colors[often], label=f"gap after {_steps(often)}")
             axis.plot(n, [run["bound"] for run in runs], "--", color=colors[often], label="its bound")
         axis.axhline(0, color="#999", linewidth=0.8)
         axis.set(xscale="log", xlabel="examples n", title=sampler, ylabel="population less training error")
+        axis.set_xticks(n, [str(size) for size in n])
+        axis.minorticks_off()
         axis.legend()
 
 
@@ -348,7 +354,7 @@ def _tested(network: MonotoneNetwork, data: Any, *, p: float) -> tuple[Array, Ar
         x, y = data
 
         def error(scores: Array) -> Array:
-            return jnp.mean(y * scores <= 0)
+            return jnp.mean(y * scores <= 0, dtype=float)
 
         def at(radius: Array) -> tuple[Array, Array]:
             attacked = error(network(projected_gradient_attack(network, x, y, radius)))
@@ -407,9 +413,9 @@ def _cuts(measured: Mapping[str, Any]) -> list[Check]:
 def _draw_errors(measured: Mapping[str, Any], axes: Sequence[Any]) -> None:
     radii = [0.0, *RADII]
     for axis, (name, found) in zip(axes, measured.items(), strict=True):
-        for line, color in (("certified", "#c2571a"), ("attacked", "#1f5fa8")):
-            axis.plot(radii, [found["clean"], *found[line]], "o-", color=color, label=line)
-        axis.set(ylim=(-0.03, 1.03), xlabel="radius ε", ylabel="test error", title=f"trained {name}")
+        for line, color, width in (("certified", "#c2571a", 4), ("attacked", "#1f5fa8", 1.5)):  # they may coincide
+            axis.plot(radii, [found["clean"], *found[line]], "o-", color=color, linewidth=width, label=line)
+        axis.set(ylim=(-0.03, 1.03), xlabel="radius ε", ylabel="test error", title=f"training: {name}")
         axis.legend()
 
 
