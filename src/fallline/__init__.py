@@ -27,6 +27,9 @@ from .descent.adaptive_saddle_escape import (
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.last_iterate import last_iterate, last_iterate_schedule, prox_mirror
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
+from .descent.rapdual import Blocks, MultiBlock
+from .descent.rapgrad import theory_inner_steps
+from .descent.rapgrad_rapdual import rapgrad_rapdual
 from .descent.target_surrogate import TargetLoss, armijo, target_surrogate
 from .distributed.byzantine_pgd import byzantine_pgd
 from .distributed.double_squeeze import double_squeeze
@@ -68,6 +71,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdversarialRisk",
+    "Blocks",
     "Calls",
     "Certificate",
     "Checkpoint",
@@ -84,6 +88,7 @@ __all__ = [
     "KMeans",
     "LinearNet",
     "MonotoneNetwork",
+    "MultiBlock",
     "Objective",
     "Problem",
     "Progress",
@@ -134,6 +139,7 @@ __all__ = [
     "prox_mirror",
     "race",
     "random_init_phase_retrieval",
+    "rapgrad_rapdual",
     "recover",
     "residual",
     "robust_pca",
@@ -149,6 +155,7 @@ __all__ = [
     "supremum_transform",
     "sweep",
     "target_surrogate",
+    "theory_inner_steps",
     "theory_parameters",
     "time_limit",
     "topk_sparsified",

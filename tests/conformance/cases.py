@@ -12,6 +12,7 @@ import optax
 
 from conformance.checks import Case, counted, ticked
 from fallline import (
+    FiniteSum,
     KMeans,
     TargetLoss,
     adaptive_saddle_escape,
@@ -21,6 +22,7 @@ from fallline import (
     perturbed_gradient_descent,
     power_k_means,
     random_init_phase_retrieval,
+    rapgrad_rapdual,
     robust_pca,
     subgm_robust_recovery,
     target_surrogate,
@@ -217,6 +219,28 @@ class CountedShards(Sharded):
         return super().value(x)
 
 
+def mild_losses(x, batch):
+    rows, labels = batch
+    return 0.5 * (rows @ x / 4 - labels) ** 2 + 0.05 * jnp.sum(jnp.cos(x))
+
+
+class CountedExamples(FiniteSum):
+    """11 examples in 37 coordinates that count the gradients of single ones: a pass over all is 11 minibatches of 1."""
+
+    tick: Any = eqx.field(static=True, default=None)
+
+    def __init__(self, dtype, tick):
+        rows = np.sin(np.arange(11 * 37.0) ** 1.5).reshape(11, 37)
+        labels = np.where(np.arange(11) % 3 == 0, 1.0, -1.0)
+        super().__init__(mild_losses, (jnp.asarray(rows, dtype), jnp.asarray(labels, dtype)), batch_size=1)
+        self.tick = tick
+
+    def per_example_gradients(self, x, batch):
+        for _ in range(len(batch[1])):
+            ticked(self.tick, "minibatch")
+        return super().per_example_gradients(x, batch)
+
+
 CASES = {
     "power-k-means": Case(
         lambda: power_k_means(-1.0, eta=1.2),
@@ -259,6 +283,14 @@ CASES = {
         near_the_saddle,
         lambda: optimizer(last_iterate, eta=0.5, steps=25, smoothness=3.0, prox=L1(0.01)),
         lambda: optimizer(last_iterate, eta=0.25, steps=30, smoothness=4.0, prox=L1(0.01)),
+    ),
+    "rapgrad-rapdual": Case(
+        lambda: rapgrad_rapdual(CountedExamples("float64", None), mu=0.05, smoothness=2.0),
+        lambda: rapgrad_rapdual(CountedExamples("float64", None), mu=0.06, smoothness=3.0),
+        CountedExamples,
+        near_the_saddle,
+        steps=6,
+        copies=11,  # vectors alone, no table: the iterates of the inner loop, the center, the random one that is kept
     ),
     "target-surrogate": Case(
         # A fixed inner step: a line search would walk back from NaN.

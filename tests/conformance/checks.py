@@ -254,7 +254,16 @@ def _breaking(problem: Problem, first: Any) -> Problem:
     return broken
 
 
-ORACLES = ("value", "value_and_gradient", "minibatch", "squared_distances", "targets", "signal_gradient", "ask")
+ORACLES = (
+    "value",
+    "value_and_gradient",
+    "minibatch",
+    "per_example_gradients",
+    "squared_distances",
+    "targets",
+    "signal_gradient",
+    "ask",
+)
 """Methods of problems, of a point first, whose answers a run may be spoiled by."""
 
 
