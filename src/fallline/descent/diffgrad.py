@@ -95,7 +95,9 @@ def scale_by_diffgrad(
             state.previous,
             *corrected,
         )
-        return cast_like(scaled, given), DiffGradState(count, mu, nu, updates)
+        # g itself, but only once g_prev has been read: XLA copies g_prev otherwise.
+        previous = jax.tree.map(lambda g, after: g + 0 * after, updates, scaled)
+        return cast_like(scaled, given), DiffGradState(count, mu, nu, previous)
 
     return optax.GradientTransformation(init, update)
 
