@@ -17,7 +17,6 @@ import optax
 from timing import interleaved, report
 
 import fallline as fl
-from fallline.descent.adadagrad import adagrad, adagrad_norm
 from fallline.parts.prox import L1
 
 try:
@@ -37,8 +36,8 @@ METHODS = {
     ),
     "last iterate": (fl.last_iterate("linear", 0.1, 1000), 0, ("torch.optim.SGD",)),
     "last iterate, l1": (fl.last_iterate("linear", 0.1, 1000, prox=L1(1e-3)), 0, ("torch.optim.SGD",)),
-    "AdaGradNorm": (adagrad_norm(1e-2), 0, ("torch.optim.SGD",)),
-    "AdaGrad": (adagrad(1e-2), 1, ("torch.optim.Adagrad",)),
+    "AdaGradNorm": (fl.adagrad_norm(1e-2), 0, ("torch.optim.SGD",)),
+    "AdaGrad": (fl.adagrad(1e-2), 1, ("torch.optim.Adagrad",)),
 }
 
 
@@ -77,7 +76,10 @@ def langevin(examples):
         weights = jnp.sum(examples * examples, axis=1)
         return x + weights @ examples + jax.random.normal(key, x.shape)
 
-    carry = [jnp.ones(N, jnp.float32), update.init(jnp.ones(N, jnp.float32))]
+    carry = [
+        jnp.ones(N, jnp.float32),
+        jax.tree.map(lambda a: a + 0 if jnp.issubdtype(a.dtype, jnp.number) else a, update.init(jnp.ones(N))),
+    ]
     kept = [jnp.ones(N, jnp.float32)]
     g = examples[0]
 

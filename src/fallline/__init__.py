@@ -16,6 +16,7 @@ from .core.solver import Solver, State
 from .core.status import Ending, Status
 from .core.stopping import call_budget, decrease, gradient_norm, residual, time_limit
 from .core.sweep import sweep
+from .descent.adadagrad import adadagrad, adagrad, adagrad_norm, scale_by_adagrad, scale_by_adagrad_norm
 from .descent.adaptive_saddle_escape import (
     Isotropy,
     adaptive_saddle_escape,
@@ -27,6 +28,7 @@ from .descent.adaptive_saddle_escape import (
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.last_iterate import last_iterate, last_iterate_schedule, prox_mirror
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
+from .descent.psgd_lie_groups import psgd_lie_groups, scale_by_psgd
 from .descent.rapdual import Blocks, MultiBlock
 from .descent.rapgrad import theory_inner_steps
 from .descent.rapgrad_rapdual import rapgrad_rapdual
@@ -56,6 +58,7 @@ from .landscape.exponential_linear_nets import (
     exponential_linear_nets,
     initial_factors,
 )
+from .parts.batch_size import CoordinateTest, InnerProductTest, NormTest, adapt_batch_size, by_samples, next_batch_size
 from .parts.nonfinite import on_nonfinite
 from .recovery.matrix_completion import matrix_completion
 from .recovery.matrix_sensing import matrix_sensing
@@ -76,6 +79,7 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "CoordinateTest",
     "DeepLinear",
     "DepthSweep",
     "DepthTimes",
@@ -83,12 +87,14 @@ __all__ = [
     "FalllineError",
     "FiniteSum",
     "GeneralizationBound",
+    "InnerProductTest",
     "InputError",
     "Isotropy",
     "KMeans",
     "LinearNet",
     "MonotoneNetwork",
     "MultiBlock",
+    "NormTest",
     "Objective",
     "Problem",
     "Progress",
@@ -103,11 +109,16 @@ __all__ = [
     "TargetLoss",
     "Verdict",
     "WidthSweep",
+    "adadagrad",
+    "adagrad",
+    "adagrad_norm",
+    "adapt_batch_size",
     "adaptive_saddle_escape",
     "adversarial_risk",
     "armijo",
     "assign",
     "big_small_steps",
+    "by_samples",
     "byzantine_pgd",
     "call_budget",
     "certify",
@@ -129,6 +140,7 @@ __all__ = [
     "mem_sgd",
     "minimize",
     "monotone_network",
+    "next_batch_size",
     "noise_isotropy",
     "on_nonfinite",
     "optimizer",
@@ -137,6 +149,7 @@ __all__ = [
     "phase_retrieval",
     "power_k_means",
     "prox_mirror",
+    "psgd_lie_groups",
     "race",
     "random_init_phase_retrieval",
     "rapgrad_rapdual",
@@ -144,9 +157,12 @@ __all__ = [
     "residual",
     "robust_pca",
     "running_bound",
+    "scale_by_adagrad",
+    "scale_by_adagrad_norm",
     "scale_by_diffgrad",
     "scale_by_full_matrix_rms",
     "scale_by_preconditioner",
+    "scale_by_psgd",
     "sghmc",
     "sgld",
     "sgld_generalization",

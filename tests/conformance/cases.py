@@ -13,14 +13,17 @@ import optax
 from conformance.checks import Case, counted, ticked
 from fallline import (
     FiniteSum,
+    InnerProductTest,
     KMeans,
     TargetLoss,
+    adadagrad,
     adaptive_saddle_escape,
     diffgrad,
     last_iterate,
     optimizer,
     perturbed_gradient_descent,
     power_k_means,
+    psgd_lie_groups,
     random_init_phase_retrieval,
     rapgrad_rapdual,
     robust_pca,
@@ -34,6 +37,7 @@ from fallline.distributed.mem_sgd import mem_sgd
 from fallline.distributed.sharded import Sharded
 from fallline.distributed.sign_sgd_majority_vote import sign_sgd_majority_vote
 from fallline.distributed.topk_sparsified import topk_sparsified
+from fallline.parts.lie_groups import LowRank
 from fallline.parts.prox import L1
 from fallline.recovery import (
     PSD,
@@ -241,6 +245,34 @@ class CountedExamples(FiniteSum):
         return super().per_example_gradients(x, batch)
 
 
+class CountedMicroBatches(FiniteSum):
+    """40 examples in 37 coordinates, in micro-batches of 3; a pass over one of them counts once."""
+
+    tick: Any = eqx.field(static=True)
+
+    def __init__(self, dtype, tick):
+        rows = np.sin(np.arange(40 * 37.0) ** 1.5).reshape(40, 37)
+        labels = np.where(np.arange(40) % 3 == 0, 1.0, -1.0)
+        super().__init__(of_hidden_signs, (jnp.asarray(rows, dtype), jnp.asarray(labels, dtype)), batch_size=3)
+        self.tick = tick
+
+    def losses(self, x, batch):
+        if len(batch[1]) == self.batch_size:  # neither one row of it nor all
+            ticked(self.tick, "minibatch")
+        return super().losses(x, batch)
+
+    def per_example_gradients(self, x, batch):  # asked beside the losses of the same rows, which count
+        return super().per_example_gradients(x, batch)
+
+    def value(self, x):
+        ticked(self.tick, "value")
+        return super().value(x)
+
+    def value_and_gradient(self, x):
+        ticked(self.tick, "gradient")
+        return jax.value_and_grad(super().value)(x)
+
+
 CASES = {
     "power-k-means": Case(
         lambda: power_k_means(-1.0, eta=1.2),
@@ -291,6 +323,21 @@ CASES = {
         near_the_saddle,
         steps=6,
         copies=11,  # vectors alone, no table: the iterates of the inner loop, the center, the random one that is kept
+    ),
+    "adadagrad": Case(
+        lambda: adadagrad(0.5, test=InnerProductTest(0.5, 1.0), batch_size=5, max_batch_size=30, replace=False),
+        lambda: adadagrad(
+            0.4, test=InnerProductTest(0.4, 2.0), batch_size=4, max_batch_size=33, test_interval=2, replace=False
+        ),
+        CountedMicroBatches,
+        near_the_saddle,
+        copies=2,  # x and g, which the loops over micro-batches share with the update
+    ),
+    "psgd-lie-groups": on(
+        saddle,
+        near_the_saddle,
+        lambda: optimizer(psgd_lie_groups, learning_rate=0.1, group=LowRank(2), whole=True, step=0.2),
+        lambda: optimizer(psgd_lie_groups, learning_rate=0.05, group=LowRank(2), whole=True, step=0.1),
     ),
     "target-surrogate": Case(
         # A fixed inner step: a line search would walk back from NaN.

@@ -21,10 +21,11 @@ import optax
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fallline import adaptive_saddle_escape, diffgrad, last_iterate
+from fallline import adagrad, adagrad_norm, adaptive_saddle_escape, diffgrad, last_iterate, psgd_lie_groups
 from fallline.core.extra import declared
 from fallline.core.trees import normal_like
 from fallline.inference.sgld_generalization import sghmc, sgld
+from fallline.parts.lie_groups import LowRank
 from fallline.parts.prox import L1
 
 
@@ -42,6 +43,8 @@ class OptaxCase:
 
 
 OPTAX_CASES = {
+    "adagrad": OptaxCase(adagrad, {"learning_rate": 0.1, "initial_accumulator": 0.5}),
+    "adagrad-norm": OptaxCase(adagrad_norm, {"learning_rate": 0.1, "initial_accumulator": 0.5}),
     "adaptive-saddle-escape": OptaxCase(
         # Of few gradients Ĝ is singular: a smaller eps amplifies the rounding of float32.
         adaptive_saddle_escape,
@@ -50,6 +53,12 @@ OPTAX_CASES = {
     ),
     "diffgrad": OptaxCase(diffgrad, {"learning_rate": 0.1, "b1": 0.8}),
     "last-iterate": OptaxCase(last_iterate, {"eta": 0.1}, {"steps": 20, "prox": L1(0.001)}),
+    "psgd-lie-groups": OptaxCase(psgd_lie_groups, {"learning_rate": 0.1, "step": 0.2}, {"curvature": "newton"}),
+    "psgd-fisher": OptaxCase(
+        psgd_lie_groups,
+        {"learning_rate": 0.1, "step": 0.2},
+        {"curvature": "fisher", "group": LowRank(2), "whole": True},
+    ),
     # With a friction of 1 the velocity is the step, which is 0 where the learning rate is.
     "sghmc": OptaxCase(sghmc, {"learning_rate": 0.1, "clip": 1.0, "friction": 1.0}, {"seed": 0}),
     "sgld": OptaxCase(sgld, {"learning_rate": 0.1, "clip": 1.0}, {"seed": 0}),
