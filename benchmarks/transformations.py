@@ -76,10 +76,7 @@ def langevin(examples):
         weights = jnp.sum(examples * examples, axis=1)
         return x + weights @ examples + jax.random.normal(key, x.shape)
 
-    carry = [
-        jnp.ones(N, jnp.float32),
-        jax.tree.map(lambda a: a + 0 if jnp.issubdtype(a.dtype, jnp.number) else a, update.init(jnp.ones(N))),
-    ]
+    carry = [jnp.ones(N, jnp.float32), update.init(jnp.ones(N, jnp.float32))]
     kept = [jnp.ones(N, jnp.float32)]
     g = examples[0]
 

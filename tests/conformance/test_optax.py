@@ -68,6 +68,14 @@ def test_compiled_or_not(name):
 
 
 @CASES
+def test_the_state_can_be_donated(name):
+    """No array of it is there twice, or belongs to the transformation, which can begin again."""
+    update = OPTAX_CASES[name].build()
+    for _ in range(2):
+        jax.jit(lambda state: state, donate_argnums=0)(update.init(parameters()))
+
+
+@CASES
 def test_behind_a_mask(name):
     """What is masked passes as it is; the rest moves as if there were nothing else."""
     update = OPTAX_CASES[name].build()

@@ -159,7 +159,8 @@ def _sampler(
         account, velocity = _empty_account(params), None
         if friction is not None:
             velocity = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)), params)
-        return SamplerState(jnp.zeros((), jnp.int32), key, account, velocity)
+        # A copy: a state that is donated must not take the seed with it.
+        return SamplerState(jnp.zeros((), jnp.int32), jnp.copy(key), account, velocity)
 
     def update(
         updates: PyTree, state: Any, params: Any = None, *, per_example_gradients: Any = None, **extra_args: Any
@@ -236,8 +237,11 @@ def _empty_account(params: PyTree) -> Account:
     for leaf in jax.tree.leaves(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise InputError("params", trees.describe(leaf), "real floating arrays: noise is added to each coordinate")
-    zero = jnp.zeros((), trees.real_dtype(params))
-    return Account(zero, zero, jnp.zeros(2, zero.dtype), jnp.asarray(trees.flat_size(params), zero.dtype))
+    dtype = trees.real_dtype(params)
+    # An array for each, so that the state can be donated.
+    return Account(
+        jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros(2, dtype), jnp.asarray(trees.flat_size(params), dtype)
+    )
 
 
 def _add(account: Account, eta: Any, sigma: Array, clip: Any) -> Account:

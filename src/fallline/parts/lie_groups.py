@@ -19,8 +19,8 @@ A side of `Kronecker` is "dense" (upper triangular), "diagonal", or "normalize":
 on inputs whose last row belongs to a constant 1, as a bias has it.
 
 `normalizer` is N: "max", the largest entry of the projected gradient (the first official code); "first", a lower bound
-of its spectral norm; "second", a bound of ‖a‖² + ‖b‖² and its kin, of which a fading maximum is kept. With the first
-two the steps never become short, and the fit ends at a distance of the order μ.
+of its spectral norm; "second", ‖a‖² + ‖b‖² and its kin, which do not vanish at the fit. With the first two the steps
+never become short, and the fit ends at a distance of the order μ. `SparseLU` wants μ of at most 0.1.
 
 Source: X.-L. Li, *Preconditioner on Matrix Lie Group for SGD*, ICLR 2019 (arXiv 1809.10232), the groups but for the
 low-rank one, which is X.-L. Li (2022), *Black Box Lie Group Preconditioners for SGD*; the normalizers are those of the
@@ -29,7 +29,7 @@ author's code.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -43,14 +43,10 @@ __all__ = ["Dense", "Diagonal", "Fit", "Group", "Kronecker", "LowRank", "Normali
 
 Normalizer = Literal["max", "first", "second"]
 NORMALIZERS = ("max", "first", "second")
-_FADING = 0.9  # of the maximum of "second"
 
 
-class Fit(NamedTuple):
-    """The factors of Q, and the fading maxima of "second", one for each factor that is stepped."""
-
-    factors: tuple[Array, ...]
-    largest: tuple[Array, ...]
+Fit = tuple[Array, ...]
+"""The factors of Q."""
 
 
 class Group(eqx.Module):
@@ -82,23 +78,15 @@ class Group(eqx.Module):
         raise NotImplementedError
 
 
-class _Steps:
-    """μ/N for each factor of a step, and the maxima after it."""
+class _Rate:
+    """μ/N, from the three sizes that N may be."""
 
-    def __init__(self, step: Any, normalizer: Normalizer, fit: Fit):
-        self.step, self.normalizer, self.before, self.after = step, normalizer, list(fit.largest), []
+    def __init__(self, step: Any, normalizer: Normalizer):
+        self.step, self.which = step, NORMALIZERS.index(normalizer)
 
-    def rate(self, largest: Array, spectral: Array, bound: Array) -> Array:
-        """μ/N of the next factor, by one of its three sizes."""
-        before = self.before[len(self.after)]
-        fading = jnp.maximum(_FADING * before + (1 - _FADING) * bound, bound)
-        self.after.append(fading if self.normalizer == "second" else before)
-        size = {"max": largest, "first": spectral, "second": fading}[self.normalizer]
+    def __call__(self, largest: Array, spectral: Array, bound: Array) -> Array:
+        size = (largest, spectral, bound)[self.which]
         return self.step / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
-
-
-def _maxima(count: int, dtype: Any) -> tuple[Array, ...]:
-    return (jnp.zeros((), dtype),) * count
 
 
 def _spectral(matrix: Float[Array, "m n"]) -> Array:
@@ -127,23 +115,23 @@ class Dense(Group):
         )
 
     def init(self, shape: tuple[int, ...], scale: Any, dtype: Any, key: Array) -> Fit:
-        return Fit((scale * jnp.eye(shape[0], dtype=dtype),), _maxima(1, dtype))
+        return (scale * jnp.eye(shape[0], dtype=dtype),)
 
     def update(self, fit: Fit, v: Array, h: Array, step: Any, normalizer: Normalizer, key: Array) -> Fit:
-        (q,), steps = fit.factors, _Steps(step, normalizer, fit)
+        (q,), rate_of = fit, _Rate(step, normalizer)
         a, b = q @ h, _lower(q, v)
         gradient = jnp.triu(jnp.outer(a, a) - jnp.outer(b, b))
-        rate = steps.rate(jnp.max(jnp.abs(gradient)), _spectral(gradient), a @ a + b @ b)
-        return Fit((q - rate * gradient @ q,), tuple(steps.after))
+        rate = rate_of(jnp.max(jnp.abs(gradient)), _spectral(gradient), a @ a + b @ b)
+        return (q - rate * gradient @ q,)
 
     def times(self, fit: Fit, x: Array) -> Array:
-        return fit.factors[0] @ x
+        return fit[0] @ x
 
     def precondition(self, fit: Fit, g: Array) -> Array:
-        return fit.factors[0].T @ (fit.factors[0] @ g)
+        return fit[0].T @ (fit[0] @ g)
 
     def rescaled(self, fit: Fit, scale: Any) -> Fit:
-        return fit._replace(factors=(scale * fit.factors[0],))
+        return (scale * fit[0],)
 
 
 class Diagonal(Group):
@@ -155,25 +143,25 @@ class Diagonal(Group):
         pass
 
     def init(self, shape: tuple[int, ...], scale: Any, dtype: Any, key: Array) -> Fit:
-        return Fit((jnp.full(shape, scale, dtype),), _maxima(1, dtype))
+        return (jnp.full(shape, scale, dtype),)
 
     def update(self, fit: Fit, v: Array, h: Array, step: Any, normalizer: Normalizer, key: Array) -> Fit:
-        (q,), steps = fit.factors, _Steps(step, normalizer, fit)
+        (q,), rate_of = fit, _Rate(step, normalizer)
         a, b = jnp.square(q * h), jnp.square(v / q)
         if self.sign:
-            return fit._replace(factors=(q - step * jnp.sign(a - b) * q,))
+            return (q - step * jnp.sign(a - b) * q,)
         size = jnp.max(jnp.abs(a - b), initial=0)
-        rate = steps.rate(size, size, jnp.max(a + b, initial=0))
-        return Fit((q - rate * (a - b) * q,), tuple(steps.after))
+        rate = rate_of(size, size, jnp.max(a + b, initial=0))
+        return (q - rate * (a - b) * q,)
 
     def times(self, fit: Fit, x: Array) -> Array:
-        return fit.factors[0] * x
+        return fit[0] * x
 
     def precondition(self, fit: Fit, g: Array) -> Array:
-        return jnp.square(fit.factors[0]) * g
+        return jnp.square(fit[0]) * g
 
     def rescaled(self, fit: Fit, scale: Any) -> Fit:
-        return fit._replace(factors=(scale * fit.factors[0],))
+        return (scale * fit[0],)
 
 
 class _Ranked(Group):
@@ -198,21 +186,21 @@ class LowRank(_Ranked):
     def init(self, shape: tuple[int, ...], scale: Any, dtype: Any, key: Array) -> Fit:
         size = (shape[0] * (self.rank + 10)) ** -0.5
         u, v = size * jax.random.normal(key, (2, shape[0], self.rank), dtype)
-        return Fit((u, v, jnp.full(shape, scale, dtype)), _maxima(3, dtype))
+        return (u, v, jnp.full(shape, scale, dtype))
 
     def _inverse(self, u: Array, v: Array, x: Array) -> Array:
         """(I + UVᵀ)⁻¹ x."""
         return x - u @ jnp.linalg.solve(jnp.eye(self.rank, dtype=x.dtype) + v.T @ u, v.T @ x)
 
     def update(self, fit: Fit, v: Array, h: Array, step: Any, normalizer: Normalizer, key: Array) -> Fit:
-        (left, right, d), steps = fit.factors, _Steps(step, normalizer, fit)
+        (left, right, d), rate_of = fit, _Rate(step, normalizer)
         a = self.times(fit, h)
         b = self._inverse(right, left, v / d)
         # d, by the right relative gradient: diag(Ph hᵀ − v (P⁻¹v)ᵀ).
         along = d * (a + right @ (left.T @ a)) * h, v * self._inverse(left, right, b) / d
         change = along[0] - along[1]
         size = jnp.max(jnp.abs(change))
-        d = d - steps.rate(size, size, jnp.max(jnp.abs(along[0]) + jnp.abs(along[1]))) * change * d
+        d = d - rate_of(size, size, jnp.max(jnp.abs(along[0]) + jnp.abs(along[1]))) * change * d
         eye = jnp.eye(self.rank, dtype=d.dtype)
 
         def columns(other: Array) -> tuple[Array, Array]:
@@ -223,25 +211,25 @@ class LowRank(_Ranked):
             return jnp.outer(a, a_other) - jnp.outer(b, b_other), size
 
         first, bound = columns(right)
-        new_left = left - steps.rate(bound, bound, bound) * first @ (eye + right.T @ left)
+        new_left = left - rate_of(bound, bound, bound) * first @ (eye + right.T @ left)
         second, bound = columns(left)
-        new_right = right - steps.rate(bound, bound, bound) * (second + right @ (left.T @ second))
+        new_right = right - rate_of(bound, bound, bound) * (second + right @ (left.T @ second))
         first_turn = jax.random.bernoulli(key)
         left, right = jnp.where(first_turn, new_left, left), jnp.where(first_turn, right, new_right)
-        return Fit((left, right, d), tuple(steps.after))
+        return (left, right, d)
 
     def times(self, fit: Fit, x: Array) -> Array:
-        left, right, d = fit.factors
+        left, right, d = fit
         return d * x + left @ (right.T @ (d * x))
 
     def precondition(self, fit: Fit, g: Array) -> Array:
-        left, right, d = fit.factors
+        left, right, d = fit
         a = self.times(fit, g)
         return d * (a + right @ (left.T @ a))
 
     def rescaled(self, fit: Fit, scale: Any) -> Fit:
-        left, right, d = fit.factors
-        return fit._replace(factors=(left, right, scale * d))
+        left, right, d = fit
+        return (left, right, scale * d)
 
 
 class SparseLU(_Ranked):
@@ -254,13 +242,13 @@ class SparseLU(_Ranked):
         r, rest = self.rank, shape[0] - self.rank
         zeros, eye = jnp.zeros((rest, r), dtype), jnp.eye(r, dtype=dtype)
         lower = (eye, zeros, jnp.ones(rest, dtype))
-        return Fit((*lower, scale * eye, zeros.T, jnp.full(rest, scale, dtype)), _maxima(2, dtype))
+        return (*lower, scale * eye, zeros.T, jnp.full(rest, scale, dtype))
 
     def _split(self, x: Array) -> tuple[Array, Array]:
         return x[: self.rank], x[self.rank :]
 
     def update(self, fit: Fit, v: Array, h: Array, step: Any, normalizer: Normalizer, key: Array) -> Fit:
-        (l1, l2, l3, u1, u2, u3), steps = fit.factors, _Steps(step, normalizer, fit)
+        (l1, l2, l3, u1, u2, u3), rate_of = fit, _Rate(step, normalizer)
         solve = jax.scipy.linalg.solve_triangular
         a, (v1, v2) = self.times(fit, h), self._split(v)
         # b = L^{-T} U^{-T} v, then P⁻¹v = U⁻¹ L⁻¹ b.
@@ -278,7 +266,7 @@ class SparseLU(_Ranked):
         e11, e21 = jnp.tril(jnp.outer(a1, a1) - jnp.outer(b1, b1)), jnp.outer(a2, a1) - jnp.outer(b2, b1)
         e3 = a2**2 - b2**2
         b = jnp.concatenate([b1, b2])
-        rate = steps.rate(*_sizes(e11, e21, e3), a @ a + b @ b)
+        rate = rate_of(*_sizes(e11, e21, e3), a @ a + b @ b)
         lower = (l1 - rate * e11 @ l1, l2 - rate * (e21 @ l1 + e3[:, None] * l2), l3 - rate * e3 * l3)
 
         # U, by the right relative gradient Ph hᵀ − v (P⁻¹v)ᵀ.
@@ -286,25 +274,25 @@ class SparseLU(_Ranked):
         g12, g3 = jnp.outer(p1, h2) - jnp.outer(v1, inverse2), p2 * h2 - v2 * inverse2
         norm, inverse = jnp.linalg.norm, jnp.concatenate([inverse1, inverse2])
         bound = norm(jnp.concatenate([p1, p2])) * norm(h) + norm(v) * norm(inverse)
-        rate = steps.rate(*_sizes(g11, g12.T, g3), bound)
+        rate = rate_of(*_sizes(g11, g12.T, g3), bound)
         upper = (u1 - rate * u1 @ g11, u2 - rate * (u1 @ g12 + u2 * g3), u3 - rate * u3 * g3)
-        return Fit((*lower, *upper), tuple(steps.after))
+        return (*lower, *upper)
 
     def times(self, fit: Fit, x: Array) -> Array:
-        l1, l2, l3, u1, u2, u3 = fit.factors
+        l1, l2, l3, u1, u2, u3 = fit
         x1, x2 = self._split(x)
         y1, y2 = u1 @ x1 + u2 @ x2, u3 * x2
         return jnp.concatenate([l1 @ y1, l2 @ y1 + l3 * y2])
 
     def precondition(self, fit: Fit, g: Array) -> Array:
-        l1, l2, l3, u1, u2, u3 = fit.factors
+        l1, l2, l3, u1, u2, u3 = fit
         x1, x2 = self._split(self.times(fit, g))
         y1, y2 = l1.T @ x1 + l2.T @ x2, l3 * x2
         return jnp.concatenate([u1.T @ y1, u2.T @ y1 + u3 * y2])
 
     def rescaled(self, fit: Fit, scale: Any) -> Fit:
-        *lower, u1, u2, u3 = fit.factors
-        return fit._replace(factors=(*lower, scale * u1, scale * u2, scale * u3))
+        *lower, u1, u2, u3 = fit
+        return (*lower, scale * u1, scale * u2, scale * u3)
 
 
 def _sizes(corner: Array, column: Array, diagonal: Array) -> tuple[Array, Array]:
@@ -352,31 +340,31 @@ class Kronecker(Group):
     def init(self, shape: tuple[int, ...], scale: Any, dtype: Any, key: Array) -> Fit:
         root = jnp.sqrt(jnp.asarray(scale, dtype))
         sides = zip((self.left, self.right), shape, strict=True)
-        return Fit(tuple(_identity(side, length, root, dtype) for side, length in sides), _maxima(2, dtype))
+        return tuple(_identity(side, length, root, dtype) for side, length in sides)
 
     def update(self, fit: Fit, v: Array, h: Array, step: Any, normalizer: Normalizer, key: Array) -> Fit:
-        (q_left, q_right), steps = fit.factors, _Steps(step, normalizer, fit)
+        (q_left, q_right), rate_of = fit, _Rate(step, normalizer)
         a = self.times(fit, h)
         b = _inverse_transposed(self.left, q_left, v)
         b = _inverse_transposed(self.right, q_right, b.T).T
-        q_left = _stepped(self.left, q_left, a, b, steps)
-        q_right = _stepped(self.right, q_right, a.T, b.T, steps)
+        q_left = _stepped(self.left, q_left, a, b, rate_of)
+        q_right = _stepped(self.right, q_right, a.T, b.T, rate_of)
         # One side may grow as the other shrinks.
         ratio = jnp.sqrt(_largest(self.left, q_left) / _largest(self.right, q_right))
-        return Fit((q_left / ratio, q_right * ratio), tuple(steps.after))
+        return (q_left / ratio, q_right * ratio)
 
     def times(self, fit: Fit, x: Array) -> Array:
-        left, right = fit.factors
+        left, right = fit
         return _applied(self.right, right, _applied(self.left, left, x).T).T
 
     def precondition(self, fit: Fit, g: Array) -> Array:
-        left, right = fit.factors
+        left, right = fit
         a = self.times(fit, g)
         return _transposed(self.right, right, _transposed(self.left, left, a).T).T
 
     def rescaled(self, fit: Fit, scale: Any) -> Fit:
-        left, right = fit.factors
-        return fit._replace(factors=(jnp.sqrt(scale) * left, jnp.sqrt(scale) * right))
+        left, right = fit
+        return (jnp.sqrt(scale) * left, jnp.sqrt(scale) * right)
 
 
 def scan() -> Kronecker:
@@ -426,23 +414,23 @@ def _inverse_transposed(side: Side, q: Array, x: Array) -> Array:
     return y.at[-1].add(-(q[1] @ y) / q[0, -1])
 
 
-def _stepped(side: Side, q: Array, a: Array, b: Array, steps: _Steps) -> Array:
+def _stepped(side: Side, q: Array, a: Array, b: Array, rate_of: _Rate) -> Array:
     """Q − (μ/N) proj(AAᵀ − BBᵀ) Q."""
     if side == "dense":
         aa, bb = a @ a.T, b @ b.T
         gradient = jnp.triu(aa - bb)
-        rate = steps.rate(jnp.max(jnp.abs(gradient)), _spectral(gradient), _spectral(aa + bb))
+        rate = rate_of(jnp.max(jnp.abs(gradient)), _spectral(gradient), _spectral(aa + bb))
         return q - rate * gradient @ q
     aa, bb = jnp.sum(a**2, axis=1), jnp.sum(b**2, axis=1)
     diagonal = aa - bb
     if side == "diagonal":
         size = jnp.max(jnp.abs(diagonal))
-        return q - steps.rate(size, size, jnp.max(aa + bb)) * diagonal * q
+        return q - rate_of(size, size, jnp.max(aa + bb)) * diagonal * q
     last = (a @ a[-1] - b @ b[-1]).at[-1].set(0)
     largest = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.max(jnp.abs(last)))
     spectral = jnp.maximum(jnp.sqrt(jnp.max(diagonal**2 + last**2)), jnp.linalg.norm(last.at[-1].set(diagonal[-1])))
     bound = jnp.max(aa + bb) + jnp.linalg.norm(a @ a[-1]) + jnp.linalg.norm(b @ b[-1])
-    rate = steps.rate(largest, spectral, bound)
+    rate = rate_of(largest, spectral, bound)
     return jnp.stack([q[0] - rate * diagonal * q[0], q[1] - rate * (diagonal * q[1] + q[0, -1] * last)])
 
 
