@@ -25,6 +25,14 @@ from .descent.adaptive_saddle_escape import (
     scale_by_full_matrix_rms,
     scale_by_preconditioner,
 )
+from .descent.batch_size_learning_rates import (
+    BatchSizeLearningRates,
+    CurvatureNoise,
+    batch_size_learning_rates,
+    noise_variance,
+    scale_learning_rate,
+)
+from .descent.curvature_learner import curvature_learner, polyak_pair
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.last_iterate import last_iterate, last_iterate_schedule, prox_mirror
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
@@ -74,12 +82,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdversarialRisk",
+    "BatchSizeLearningRates",
     "Blocks",
     "Calls",
     "Certificate",
     "Checkpoint",
     "CheckpointError",
     "CoordinateTest",
+    "CurvatureNoise",
     "DeepLinear",
     "DepthSweep",
     "DepthTimes",
@@ -117,11 +127,13 @@ __all__ = [
     "adversarial_risk",
     "armijo",
     "assign",
+    "batch_size_learning_rates",
     "big_small_steps",
     "by_samples",
     "byzantine_pgd",
     "call_budget",
     "certify",
+    "curvature_learner",
     "decrease",
     "deep_linear_width",
     "diffgrad",
@@ -142,11 +154,13 @@ __all__ = [
     "monotone_network",
     "next_batch_size",
     "noise_isotropy",
+    "noise_variance",
     "on_nonfinite",
     "optimizer",
     "overparam_matrix_sensing",
     "perturbed_gradient_descent",
     "phase_retrieval",
+    "polyak_pair",
     "power_k_means",
     "prox_mirror",
     "psgd_lie_groups",
@@ -163,6 +177,7 @@ __all__ = [
     "scale_by_full_matrix_rms",
     "scale_by_preconditioner",
     "scale_by_psgd",
+    "scale_learning_rate",
     "sghmc",
     "sgld",
     "sgld_generalization",

@@ -21,7 +21,15 @@ import optax
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fallline import adagrad, adagrad_norm, adaptive_saddle_escape, diffgrad, last_iterate, psgd_lie_groups
+from fallline import (
+    adagrad,
+    adagrad_norm,
+    adaptive_saddle_escape,
+    curvature_learner,
+    diffgrad,
+    last_iterate,
+    psgd_lie_groups,
+)
 from fallline.core.extra import declared
 from fallline.core.trees import normal_like
 from fallline.inference.sgld_generalization import sghmc, sgld
@@ -31,11 +39,15 @@ from fallline.parts.prox import L1
 
 @dataclasses.dataclass(frozen=True)
 class OptaxCase:
-    """A factory with its numbers, the first of which scales the updates (a learning rate), and its other options."""
+    """A factory with its numbers, the first of which scales the updates (a learning rate), and its other options.
+
+    `starts` says that the numbers are those that the state begins with, and no others.
+    """
 
     factory: Callable[..., optax.GradientTransformation]
     numbers: dict[str, float]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    starts: bool = False
 
     def build(self, **numbers: Any) -> optax.GradientTransformationExtraArgs:
         made = self.factory(**{**self.numbers, **numbers}, **self.options)
@@ -51,6 +63,7 @@ OPTAX_CASES = {
         {"learning_rate": 0.1, "beta": 0.8, "eps": 0.1},
         {"burn_in": 0},
     ),
+    "curvature-learner": OptaxCase(curvature_learner, {"learning_rate": 0.1, "momentum": 0.5}, starts=True),
     "diffgrad": OptaxCase(diffgrad, {"learning_rate": 0.1, "b1": 0.8}),
     "last-iterate": OptaxCase(last_iterate, {"eta": 0.1}, {"steps": 20, "prox": L1(0.001)}),
     "psgd-lie-groups": OptaxCase(psgd_lie_groups, {"learning_rate": 0.1, "step": 0.2}, {"curvature": "newton"}),

@@ -241,15 +241,20 @@ def _measure(
 
         return jnp.mean(jax.lax.map(one, data, batch_size=_ROWS))
 
-    def probed(key: Array) -> Array:
-        v = trees.flatten(probe(key, x))
-        return scatter(v, jnp.zeros_like(v)) / float(size) ** 2
-
-    samples = jax.lax.map(probed, jax.random.split(first, probes))
-    variance = Estimate(jnp.mean(samples), jnp.std(samples, ddof=1) / jnp.sqrt(probes))
     start = trees.flatten(probe(second, x, "normal"))
     largest, u = leading_eigenvector(flat, start / jnp.linalg.norm(start), steps)
-    return variance, largest, trees.unflatten(u, x), scatter(u, u)
+
+    def measured(each: tuple[Array, Array]) -> Array:
+        """Of a probe, or of u where there is none: one loop, so that the products are compiled once."""
+        key, last = each
+        signs = trees.flatten(probe(key, x))
+        return scatter(jnp.where(last, u, signs), jnp.where(last, u, 0))
+
+    last = jnp.arange(probes + 1) == probes
+    found = jax.lax.map(measured, (jax.random.split(first, probes + 1), last))
+    samples = found[:probes] / float(size) ** 2
+    variance = Estimate(jnp.mean(samples), jnp.std(samples, ddof=1) / jnp.sqrt(probes))
+    return variance, largest, trees.unflatten(u, x), found[probes]
 
 
 def scale_learning_rate(learning_rate: Any, batch_size: Any, new_batch_size: Any, kind: str, cap: Any = None) -> Any:
