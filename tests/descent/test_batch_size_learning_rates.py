@@ -107,7 +107,8 @@ def hessians(n=70, p=6, diagonal=False):
 START = {"a": np.ones(2), "b": np.ones(4)}
 
 
-def test_the_variance_of_diagonal_hessians_is_exact_for_every_probe(dtype):
+def test_the_variance_of_diagonal_hessians_is_exact_for_every_probe(x32):
+    dtype = np.float32
     each = hessians(diagonal=True).astype(dtype)
     x = {k: jnp.asarray(v, dtype) for k, v in START.items()}
     found = noise_variance(losses, x, jnp.asarray(each), probes=3)

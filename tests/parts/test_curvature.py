@@ -159,13 +159,14 @@ def test_probes_have_unit_second_moment(law):
 @pytest.mark.usefixtures("x64")
 def test_probes_keep_shapes_and_dtypes(law):
     like = {"a": jnp.zeros((50, 2), jnp.bfloat16), "b": (jnp.zeros(3, jnp.float32), jnp.zeros((), jnp.float64))}
-    v = probe(jax.random.key(0), like, law)
+    draw = jax.jit(lambda key: probe(key, like, law))
+    v, again, other = (draw(jax.random.key(seed)) for seed in (0, 0, 1))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), v) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
-    assert not np.array_equal(v["a"], probe(jax.random.key(1), like, law)["a"])
-    np.testing.assert_array_equal(v["a"], probe(jax.random.key(0), like, law)["a"])
+    assert np.array_equal(flat(v), flat(again)) and not np.array_equal(v["a"], other["a"])
+    # Leaves are independent, and so are rows.
+    assert not np.array_equal(v["a"][:3, 0], v["b"][0]) and not np.array_equal(v["a"][:, 0], v["a"][:, 1])
     if law != "normal":
-        square = float(jnp.sum(v["a"].astype(float) ** 2) + jnp.sum(v["b"][0] ** 2) + v["b"][1] ** 2)
-        assert square == pytest.approx(104, rel=2.0**-8)  # the rounding of bfloat16
+        assert np.sum(flat(v).astype(float) ** 2) == pytest.approx(104, rel=2.0**-8)  # the rounding of bfloat16
 
 
 # ---- Hutchinson ----------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def quadrature(matrix, key, steps, probes=1, law="rademacher"):
 def run(matrix, steps, probes=1, law="rademacher", seed=0):
     """The quadrature of a matrix, and the unit vectors that it starts from."""
     found, starts = quadrature(jnp.asarray(matrix), jax.random.key(seed), steps, probes, law)
-    return Quadrature(*found, len(matrix)), np.asarray(starts)
+    return Quadrature(*map(np.asarray, found), len(matrix)), np.asarray(starts)
 
 
 def measure(matrix, start, fn):
@@ -254,7 +255,7 @@ def measure(matrix, start, fn):
     return (vectors.T @ start) ** 2 @ fn(values)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", ["rademacher", "normal"])
 @pytest.mark.usefixtures("x64")
 def test_polynomials_of_degree_2k_less_1_are_exact_for_each_probe(law):
     k, probes = 4, 3
@@ -272,7 +273,7 @@ def test_polynomials_of_degree_2k_less_1_are_exact_for_each_probe(law):
 @pytest.mark.usefixtures("x64")
 def test_ritz_values_and_residuals_are_those_of_the_projected_matrix():
     k = 4
-    found, (start,) = run(MATRIX, k)
+    found, (start, *_) = run(MATRIX, k, 3)
     powers = [start]
     for _ in range(k - 1):
         powers.append(MATRIX @ powers[-1])
@@ -284,18 +285,17 @@ def test_ritz_values_and_residuals_are_those_of_the_projected_matrix():
     residuals = np.linalg.norm(MATRIX @ ritz - ritz * values, axis=0)
     np.testing.assert_allclose(found.residuals[0], residuals, rtol=1e-8)
     # Some eigenvalue is as near as the residual.
-    assert np.all(np.min(np.abs(EIGENVALUES - np.asarray(found.nodes[0])[:, None]), axis=1) <= found.residuals[0])
+    assert np.all(np.min(np.abs(EIGENVALUES - found.nodes[..., None]), axis=2) <= found.residuals)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_ends_of_the_spectrum():
     found, _ = run(MATRIX, 8, 3)
-    for (value, residual), truth, sign in ((found.largest, 6, 1), (found.smallest, -3, -1)):
-        assert truth - residual <= sign * sign * value <= truth + residual
+    for (value, residual), truth, sign, gap in ((found.largest, 6, 1, 0.5), (found.smallest, -3, -1, 1)):
         assert sign * value <= sign * truth + 1e-12
-        # The second moment of the error: quadratic in the residual, over the gap to the rest of the spectrum.
-        assert abs(value - truth) <= residual**2 / (1 if sign > 0 else 2) + 1e-12
-    ends = np.asarray(found.nodes)
+        # Quadratic in the residual, over the gap to the rest of the spectrum.
+        assert abs(value - truth) <= residual**2 / gap + 1e-12
+    ends = found.nodes
     assert found.largest[0] == ends.max() and found.smallest[0] == ends.min()
     # With different probes the ends differ, so that the best was chosen, with its own residual.
     best, worst = np.argmax(ends[:, -1]), np.argmin(ends[:, 0])
@@ -313,28 +313,24 @@ def test_all_steps_give_the_whole_spectrum():
 
 
 @pytest.mark.parametrize(
-    "name, matrix, dimension",
-    [
-        ("zero", np.zeros((N, N)), 1),
-        ("identity", 3 * np.eye(N), 1),
-        ("rank 2", symmetric(np.array([-4.0, 7] + [0] * (N - 2))), 3),
-        ("two eigenvalues", symmetric(np.array([2.0] * 5 + [5.0] * (N - 5))), 2),
-    ],
+    "eigenvalues",
+    [[0.0] * N, [3.0] * N, [-4.0, 7] + [0.0] * (N - 2), [2.0] * 5 + [5.0] * (N - 5)],
+    ids=["zero", "identity", "rank 2", "two eigenvalues"],
 )
-def test_an_exhausted_krylov_space_is_exact(name, matrix, dimension, dtype):
+def test_an_exhausted_krylov_space_is_exact(eigenvalues, dtype):
+    matrix = symmetric(np.array(eigenvalues))
     found, starts = run(matrix.astype(dtype), 8, 3)
-    eps, size = float(np.finfo(dtype).eps), np.linalg.norm(matrix, 2) if matrix.any() else 0.0
+    eps, size = float(np.finfo(dtype).eps), np.max(np.abs(eigenvalues))
     nodes, weights = np.asarray(found.nodes, float), np.asarray(found.weights, float)
     assert found.nodes.dtype == found.weights.dtype == found.residuals.dtype == dtype
     np.testing.assert_allclose(weights.sum(1), 1, atol=20 * eps)
-    spectrum = np.linalg.eigvalsh(matrix)
-    assert nodes.min() >= spectrum[0] - 20 * eps * size and nodes.max() <= spectrum[-1] + 20 * eps * size
-    assert np.all((weights > 1e3 * eps).sum(1) == dimension) or name == "identity"
+    assert nodes.min() >= min(eigenvalues) - 20 * eps * size and nodes.max() <= max(eigenvalues) + 20 * eps * size
     assert np.all(found.residuals <= 50 * eps * size)
     for row, each, start in zip(nodes, weights, starts, strict=True):
-        # Any function, not only polynomials.
-        expected = measure(matrix, start, np.exp)
-        assert each @ np.exp(row) == pytest.approx(expected, rel=200 * eps * max(size, 1))
+        # Any function, not only polynomials: the measure itself.
+        for value in set(eigenvalues):
+            near = lambda t, value=value: np.abs(t - value) <= 1e-3  # noqa: E731
+            assert each @ near(row) == pytest.approx(measure(matrix, start, near), abs=50 * eps)
 
 
 OUTLIERS = 1e6 * np.array([0.1, 0.2, 0.35, 0.6, 1])
@@ -346,7 +342,9 @@ def test_no_ghosts_in_single_precision():
     n, k = 300, 60
     diagonal = np.concatenate([np.linspace(1, 10, n - 5), OUTLIERS]).astype(np.float32)
     like = jnp.zeros(n, jnp.float32)
-    found = jax.jit(lambda d, key: lanczos_quadrature(lambda v: d * v, like, key, k, 2)[:3])(diagonal, jax.random.key(0))
+    found = jax.jit(lambda d, key: lanczos_quadrature(lambda v: d * v, like, key, k, 2)[:3])(
+        diagonal, jax.random.key(0)
+    )
     for nodes, weights, residuals in zip(*map(np.asarray, found), strict=True):
         above = nodes > 1e3
         np.testing.assert_allclose(nodes[above], OUTLIERS, rtol=1e-6)  # each once
@@ -354,7 +352,7 @@ def test_no_ghosts_in_single_precision():
         np.testing.assert_allclose(weights[above], 1 / n, rtol=1e-3)
         assert np.all(weights >= 0) and np.sum(weights, dtype=float) == pytest.approx(1, abs=1e-5)
         # Backward stable: rounding is relative to the norm, 1e6.
-        assert nodes.min() > 1 - 1 and nodes[~above].max() < 10 + 1
+        assert nodes.min() > 0 and nodes[~above].max() < 11
         assert np.all(residuals[above] < 1)
     # Without reorthogonalization the largest appears again, so that this test can fail.
     assert np.sum(plain_lanczos(diagonal, k) > 1e3) > 5
@@ -376,7 +374,7 @@ def plain_lanczos(diagonal, k):
 
 @pytest.mark.usefixtures("x64")
 def test_integrals_of_functions():
-    found, starts = run(MATRIX, 8, 40)
+    found, starts = run(MATRIX, 8, 40, "sphere")
     exponential = found.integral(jnp.exp)
     truth = np.sum(np.exp(EIGENVALUES))
     assert abs(exponential.value - truth) <= 4 * exponential.error
@@ -384,7 +382,7 @@ def test_integrals_of_functions():
     assert exponential.value == pytest.approx(np.mean(each), rel=1e-5)
     assert exponential.error == pytest.approx(np.std(each, ddof=1) / np.sqrt(40), rel=1e-4)
     assert found.integral(jnp.ones_like).value == pytest.approx(N, rel=1e-13)
-    alone, _ = run(MATRIX, 8, 1)
+    alone = Quadrature(*(a[:1] for a in found[:3]), N)
     assert np.isfinite(alone.integral(jnp.exp).value) and np.isnan(alone.integral(jnp.exp).error)
 
 

@@ -10,12 +10,12 @@ quadrature from a vector of random signs: Ritz values θ_i with weights w_i, whi
 Where λ₁ is not positive or not finite the previous pair stays. c = 1 is Polyak's pair for the quadratic with spectrum
 in [λ_b, λ₁].
 
-| here                | there                     |
-|---------------------|---------------------------|
-| λ₁, λ_b             | `largest`, `bulk`         |
-| α, ρ                | `learning_rate`, `momentum` |
-| c, κ_max            | `safety`, `kappa_max` (ours) |
-| m                   | `steps`                   |
+| symbol    | here                         |
+|-----------|------------------------------|
+| λ₁, λ_b   | `largest`, `bulk`            |
+| α, ρ      | `learning_rate`, `momentum`  |
+| m         | `steps`                      |
+| c, κ_max  | `safety`, `kappa_max` (ours) |
 
 Source: D. Granziol, S. Zohren and S. Roberts, *Learning Rates as a Function of Batch Size: A Random Matrix Theory
 Approach to Neural Network Training*, JMLR 2022 (arXiv 2006.09092), the learner. Reconstructed: that it sets Polyak's
@@ -105,6 +105,8 @@ class CurvatureLearnerState(NamedTuple):
 def curvature_learner(learning_rate: Any = 0.01, momentum: Any = 0.0) -> optax.GradientTransformation:
     """Heavy ball whose pair is part of its state; `refresh` learns it.
 
+        from fallline.parts.curvature import hessian
+
         update = curvature_learner()
         state = update.init(params)
         for batch in batches:
@@ -113,7 +115,8 @@ def curvature_learner(learning_rate: Any = 0.01, momentum: Any = 0.0) -> optax.G
             updates, state = update.update(grad(loss)(params, batch), state)
 
     **Arguments:** `learning_rate`, `momentum`: the pair until the first `refresh` (our choice, not the paper's); they
-    are read by `init` alone.
+    are read by `init` alone, so that a number that `optax.inject_hyperparams` changes later has no effect: the state
+    holds the pair.
 
     **Raises:** `InputError` for a negative rate, or a momentum outside [0, 1); in `init`, for parameters not real.
     """

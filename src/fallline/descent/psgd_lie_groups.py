@@ -47,8 +47,8 @@ from jaxtyping import Array, Int, PyTree
 from ..core import trees
 from ..core.errors import InputError, check_choice, check_fraction, check_nonnegative, check_positive, is_traced
 from ..core.extra import require
-from ..core.setup import check_key
 from ..parts.lie_groups import NORMALIZERS, Diagonal, Fit, Group, Kronecker, Normalizer
+from ..parts.sampling import key_of
 
 __all__ = ["psgd_lie_groups", "scale_by_psgd"]
 
@@ -107,7 +107,7 @@ def scale_by_psgd(
         raise InputError("group", type(group).__name__, "a group such as Kronecker(), or a function of a leaf")
     if whole and not isinstance(group, Group):
         raise InputError("group", group, "a group of vectors such as LowRank(10), with whole=True")
-    key = jax.random.key(seed) if is_traced(seed) and not trees.is_key(seed) else check_key(seed, "PSGD")
+    key = key_of(seed, "PSGD")
     sometimes = not isinstance(probability, int | float) or probability < 1
 
     def blocks(tree: PyTree) -> list[Array]:

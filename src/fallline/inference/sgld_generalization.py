@@ -54,7 +54,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..core import trees
 from ..core.errors import InputError, check_count, check_fraction, check_positive, is_traced
 from ..core.extra import require
-from ..core.setup import check_key
+from ..parts.sampling import key_of
 
 __all__ = [
     "Account",
@@ -151,7 +151,7 @@ def _sampler(
     for name, number in numbers.items():
         if number is not None and not (callable(number) and name in ("learning_rate", "noise")):
             check_positive(name, number)
-    key = _key(seed)
+    key = key_of(seed, "the noise")
     warmth = (0.5 if temperature is None else temperature) * (1.0 if friction is None else friction)
     kept = None if friction is None else 1 - friction
 
@@ -212,13 +212,6 @@ def _like(steps: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.map(
         lambda step, u: jnp.where(jnp.isfinite(u), step, jnp.nan).astype(jnp.result_type(u)), steps, updates
     )
-
-
-def _key(seed: Any) -> Array:
-    """The key of a seed, which may be an integer array (as Optax's `inject_hyperparams` makes it)."""
-    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jnp.integer) and seed.ndim == 0:
-        return jax.random.key(seed)
-    return check_key(seed, "the noise")
 
 
 # ---- the account -----------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ def hutchinson(product: Product, like: PyTree, key: Array, probes: int, law: str
     **Source:** M. F. Hutchinson (1990), *A stochastic estimator of the trace of the influence matrix*.
     """
     check_count("probes", probes, 1)
+    probes = int(probes)
 
     def one(key: Array) -> tuple[Array, Array]:
         v = probe(key, like, law)
@@ -192,6 +193,7 @@ def lanczos_quadrature(
     n = trees.flat_size(like)
     check_count("steps", steps, 1)
     check_count("probes", probes, 1)
+    steps, probes = int(steps), int(probes)
     if steps > n:
         raise InputError("steps", steps, f"at most the number of parameters, {n}")
     check_allocation("steps", steps, steps * n * trees.real_dtype(like).itemsize, "fewer steps")
@@ -201,7 +203,7 @@ def lanczos_quadrature(
 
     def one(key: Array) -> tuple[Array, Array, Array]:
         start = trees.flatten(probe(key, like, law))
-        return _ritz(*_lanczos(flat_product, start / jnp.linalg.norm(start), steps))
+        return _ritz(*_lanczos(flat_product, start / _norm(start), steps))
 
     nodes, weights, residuals = jax.lax.map(one, jax.random.split(key, probes))
     return Quadrature(nodes, weights, residuals, n)
@@ -216,10 +218,10 @@ def _lanczos(
         basis, diagonal, offdiagonal, valid, q, before, beta, alive = carry
         basis, valid = basis.at[j].set(q), valid.at[j].set(alive)
         w = product(q)
-        alpha = jnp.vdot(q, w)
+        alpha = jnp.vdot(q, w, precision="highest")
         w, again = _orthogonalized(basis, w - alpha * q - beta * before)
         alpha = alpha + again[j]
-        beta = jnp.linalg.norm(w)
+        beta = _norm(w)
         scale = jnp.max(jnp.abs(diagonal)) + jnp.max(offdiagonal) + jnp.abs(alpha)
         alive = alive & (beta > 10 * jnp.finfo(w.dtype).eps * scale)
         beta = jnp.where(alive, beta, 0)
@@ -233,15 +235,20 @@ def _lanczos(
     return diagonal, offdiagonal, valid
 
 
+def _norm(w: Float[Array, " n"]) -> Float[Array, ""]:
+    """By a dot product, which XLA vectorizes on a CPU where it sums one by one otherwise."""
+    return jnp.sqrt(jnp.vdot(w, w, precision="highest"))
+
+
 def _orthogonalized(basis: Float[Array, "k n"], w: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " k"]]:
     """`w` less its part in the span of the rows, and the coefficients of that part; twice where rounding may show."""
 
     def project(w: Array, before: Array) -> tuple[Array, Array]:
-        coefficients = basis @ w
-        return w - coefficients @ basis, before + coefficients
+        coefficients = jnp.matmul(basis, w, precision="highest")
+        return w - jnp.matmul(coefficients, basis, precision="highest"), before + coefficients
 
     first, coefficients = project(w, jnp.zeros(basis.shape[0], w.dtype))
-    fell = jnp.linalg.norm(first) < jnp.sqrt(0.5) * jnp.linalg.norm(w)
+    fell = _norm(first) < jnp.sqrt(0.5) * _norm(w)
     return jax.lax.cond(fell, project, lambda w, before: (w, before), first, coefficients)
 
 

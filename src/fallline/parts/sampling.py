@@ -9,8 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..core import trees
+from ..core.setup import check_key
 
-__all__ = ["uniform_ball", "unit_vector"]
+__all__ = ["key_of", "uniform_ball", "unit_vector"]
+
+
+def key_of(seed: Any, who: str) -> Array:
+    """The key of a seed, which may be an integer array (as Optax's `inject_hyperparams` makes it).
+
+    **Raises:** `InputError` where it is neither a seed nor a key.
+    """
+    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jnp.integer) and seed.ndim == 0:
+        return jax.random.key(seed)
+    return check_key(seed, who)
 
 
 def unit_vector(key: Array, n: int, dtype: Any) -> Array:
