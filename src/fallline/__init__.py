@@ -35,6 +35,8 @@ from .descent.batch_size_learning_rates import (
 from .descent.curvature_learner import curvature_learner, polyak_pair
 from .descent.diffgrad import diffgrad, scale_by_diffgrad
 from .descent.last_iterate import last_iterate, last_iterate_schedule, prox_mirror
+from .descent.m_fac import m_fac, scale_by_m_fac
+from .descent.m_fac_static import inverse_fisher, m_fac_prune
 from .descent.perturbed_gradient_descent import perturbed_gradient_descent, theory_parameters
 from .descent.psgd_lie_groups import psgd_lie_groups, scale_by_psgd
 from .descent.rapdual import Blocks, MultiBlock
@@ -143,10 +145,13 @@ __all__ = [
     "exponential_linear_nets",
     "gradient_norm",
     "initial_factors",
+    "inverse_fisher",
     "k_means_plus_plus",
     "last_iterate",
     "last_iterate_schedule",
     "lloyd",
+    "m_fac",
+    "m_fac_prune",
     "matrix_completion",
     "matrix_sensing",
     "mem_sgd",
@@ -175,6 +180,7 @@ __all__ = [
     "scale_by_adagrad_norm",
     "scale_by_diffgrad",
     "scale_by_full_matrix_rms",
+    "scale_by_m_fac",
     "scale_by_preconditioner",
     "scale_by_psgd",
     "scale_learning_rate",

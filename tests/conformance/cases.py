@@ -20,6 +20,7 @@ from fallline import (
     adaptive_saddle_escape,
     diffgrad,
     last_iterate,
+    m_fac,
     optimizer,
     perturbed_gradient_descent,
     power_k_means,
@@ -332,6 +333,12 @@ CASES = {
         CountedMicroBatches,
         near_the_saddle,
         copies=2,  # x and g, which the loops over micro-batches share with the update
+    ),
+    "m-fac": on(
+        saddle,
+        near_the_saddle,
+        lambda: optimizer(m_fac, learning_rate=0.05, m=5, lam=1e-1),
+        lambda: optimizer(m_fac, learning_rate=0.02, m=5, lam=2e-1),
     ),
     "psgd-lie-groups": on(
         saddle,

@@ -28,6 +28,7 @@ from fallline import (
     curvature_learner,
     diffgrad,
     last_iterate,
+    m_fac,
     psgd_lie_groups,
 )
 from fallline.core.extra import declared
@@ -66,6 +67,7 @@ OPTAX_CASES = {
     "curvature-learner": OptaxCase(curvature_learner, {"learning_rate": 0.1, "momentum": 0.5}, starts=True),
     "diffgrad": OptaxCase(diffgrad, {"learning_rate": 0.1, "b1": 0.8}),
     "last-iterate": OptaxCase(last_iterate, {"eta": 0.1}, {"steps": 20, "prox": L1(0.001)}),
+    "m-fac": OptaxCase(m_fac, {"learning_rate": 0.1, "lam": 0.1}, {"m": 5}),
     "psgd-lie-groups": OptaxCase(psgd_lie_groups, {"learning_rate": 0.1, "step": 0.2}, {"curvature": "newton"}),
     "psgd-fisher": OptaxCase(
         psgd_lie_groups,
