@@ -102,7 +102,7 @@ def static(m, d):
     }
 
 
-def main() -> None:
+def steps() -> None:
     module = official()
     draw = np.random.default_rng(0)
     for m, d in SIZES:
@@ -118,7 +118,10 @@ def main() -> None:
         if module is not None:
             rows["official over fallline"] = times["official, CPU"] / times["fallline"]
         report(f"M-FAC, m = {m}, d = {d}, a step", rows, "ratio at most 1.5, official at least 3")
-    m, d = 128, 100_000
+
+
+def growth() -> None:
+    m, d = 64, 50_000
     for name, sizes in (("d", (m, 4 * d)), ("m", (4 * m, d))):
         small, large = static(m, d), static(*sizes)
         for made, (rows, columns) in ((small, (m, d)), (large, sizes)):
@@ -133,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    steps()
+    growth()
