@@ -121,7 +121,7 @@ def steps() -> None:
 
 
 def growth() -> None:
-    m, d = 64, 50_000
+    m, d = 128, 100_000
     for name, sizes in (("d", (m, 4 * d)), ("m", (4 * m, d))):
         small, large = static(m, d), static(*sizes)
         for made, (rows, columns) in ((small, (m, d)), (large, sizes)):

@@ -236,7 +236,7 @@ def _lanczos(
 
 
 def _norm(w: Float[Array, " n"]) -> Float[Array, ""]:
-    """By a dot product, which XLA vectorizes on a CPU where it sums one by one otherwise."""
+    """‖w‖, by a dot product."""
     return jnp.sqrt(jnp.vdot(w, w, precision="highest"))
 
 
