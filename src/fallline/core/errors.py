@@ -100,7 +100,7 @@ def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
     known = sorted(choices)
     if value in known:
         return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    near = difflib.get_close_matches(str(value), known, n=1) or [name for name in known if name.startswith(str(value))]
+    hint = f" (did you mean '{near[0]}'?)" if near and value else ""
     shown = known if len(known) <= 16 else [*known[:16], "…"]
     raise InputError(argument, repr(value), f"one of {', '.join(shown)}{hint}")
