@@ -202,7 +202,7 @@ VALLEY = Claim(
 # ---- a network on the digits ---------------------------------------------------------------------
 
 BATCH, TRAIN = 64, 1400
-EPOCHS = {Scale.SMOKE: 15, Scale.SMALL: 15, Scale.FULL: 30}
+EPOCHS = {Scale.SMOKE: 8, Scale.SMALL: 15, Scale.FULL: 30}
 RATES = {Scale.SMOKE: (0.01,), Scale.SMALL: (0.003, 0.01, 0.03, 0.1), Scale.FULL: (0.001, 0.003, 0.01, 0.03, 0.1)}
 
 
