@@ -288,9 +288,8 @@ def optimizer(factory: Callable | optax.GradientTransformation, /, **options: An
         raise InputError("learning_rate", None, "a number or a schedule")
     if rate is not None and not callable(rate) and np.ndim(rate) == 0:
         check_positive("learning_rate", rate)
-    on_host = {k: np.asarray(v) if isinstance(v, jax.Array) and _is_number(v) else v for k, v in options.items()}
     # With its own checks of numbers, which are arrays from here on; on the host, where nothing is compiled for them.
-    extra = declared(factory(**(options if is_traced(options) else on_host)))
+    extra = declared(factory(**(options if is_traced(options) else _on_host(options))))
     static = _branched_on(factory, options)
     for name in static:
         if isinstance(options[name], jax.Array):
@@ -334,6 +333,11 @@ def _same(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     except Exception:  # arrays and the like: sharing too little is safe
         return False
+
+
+def _on_host(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with NumPy's numbers in place of JAX's."""
+    return {k: np.asarray(v) if isinstance(v, jax.Array) and _is_number(v) else v for k, v in options.items()}
 
 
 def _is_number(value: Any) -> bool:
