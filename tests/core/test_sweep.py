@@ -168,3 +168,21 @@ def test_bad_input(options, words, x64):
     given = {"x0": np.zeros(2), "solvers": adams(), "keys": None, "steps": 10, **options}
     with pytest.raises(fl.InputError, match=words):
         fl.sweep(valley, given["x0"], given["solvers"], given["keys"], steps=given["steps"])
+
+
+class Picky(type(fl.optimizer(optax.sgd, learning_rate=0.1))):
+    """Refuses rates above 1 for this problem."""
+
+    def check(self, problem, x):
+        if self.numbers["learning_rate"] > 1:
+            raise fl.InputError("learning_rate", float(self.numbers["learning_rate"]), "at most 1 here")
+
+
+def test_every_solver_checks_the_problem(x64):
+    def picky(rate):
+        plain = fl.optimizer(optax.sgd, learning_rate=rate)
+        return Picky(plain.numbers, plain.options, plain.factory, plain.label, plain.extra)
+
+    fl.sweep(valley, np.zeros(2), [picky(1e-3), picky(1e-4)], steps=2)
+    with pytest.raises(fl.InputError, match=r"learning_rate: got 2.0; expected at most 1 here"):
+        fl.sweep(valley, np.zeros(2), [picky(1e-3), picky(2.0)], steps=2)

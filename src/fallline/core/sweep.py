@@ -85,6 +85,8 @@ def sweep(
     first = prepare(problem, starts[0], rows[0], args, has_aux, steps, stop, seeds[0], record, every)
     if first.plan.keep_last:
         raise InputError("sweep", "a traced value", "a call outside jit and vmap; inside, vmap minimize itself")
+    for row in rows:
+        row.check(first.problem, first.x)
     solver = _stacked([with_array_numbers(row, first.dtype) for row in rows], len(seeds), "solvers")
     xs = _stacked([trees.split(start)[0] for start in starts], 1, "x0")
     xs = jax.tree.map(lambda a: jnp.concatenate([a] * len(rows)), xs)
