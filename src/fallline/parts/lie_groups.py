@@ -38,6 +38,14 @@ from jaxtyping import Array, Float
 
 from ..core.errors import InputError, check_choice, check_count
 from ..core.memory import check_allocation
+from .triangular import (
+    times_upper,
+    times_upper_transposed,
+    upper_gram,
+    upper_product,
+    upper_times,
+    upper_transposed_times,
+)
 
 __all__ = ["Dense", "Diagonal", "Fit", "Group", "Kronecker", "LowRank", "Normalizer", "SparseLU", "scan", "scaw"]
 
@@ -95,6 +103,16 @@ def _spectral(matrix: Float[Array, "m n"]) -> Array:
     best = jnp.argmax(rows)
     unit = matrix[best] / jnp.maximum(rows[best], jnp.finfo(matrix.dtype).tiny)
     return jnp.maximum(rows[best], jnp.linalg.norm(matrix @ unit))
+
+
+def _symmetric_spectral(upper: Float[Array, "n n"]) -> Array:
+    """`_spectral` of the symmetric matrix of which `upper` is the upper triangle."""
+    squares, diagonal = jnp.square(upper), jnp.diagonal(upper)
+    rows = jnp.sqrt(jnp.sum(squares, axis=0) + jnp.sum(squares, axis=1) - jnp.square(diagonal))
+    best = jnp.argmax(rows)
+    row = (upper[best] + upper[:, best]).at[best].set(diagonal[best])
+    unit = row / jnp.maximum(rows[best], jnp.finfo(upper.dtype).tiny)
+    return jnp.maximum(rows[best], jnp.linalg.norm(upper @ unit + unit @ upper - diagonal * unit))
 
 
 def _lower(factor: Array, right: Array) -> Array:
@@ -345,8 +363,7 @@ class Kronecker(Group):
     def update(self, fit: Fit, v: Array, h: Array, step: Any, normalizer: Normalizer, key: Array) -> Fit:
         (q_left, q_right), rate_of = fit, _Rate(step, normalizer)
         a = self.times(fit, h)
-        b = _inverse_transposed(self.left, q_left, v)
-        b = _inverse_transposed(self.right, q_right, b.T).T
+        b = _inverse_transposed(self.left, q_left, _right_inverse(self.right, q_right, v))
         q_left = _stepped(self.left, q_left, a, b, rate_of)
         q_right = _stepped(self.right, q_right, a.T, b.T, rate_of)
         # One side may grow as the other shrinks.
@@ -355,12 +372,11 @@ class Kronecker(Group):
 
     def times(self, fit: Fit, x: Array) -> Array:
         left, right = fit
-        return _applied(self.right, right, _applied(self.left, left, x).T).T
+        return _right_transposed(self.right, right, _applied(self.left, left, x))
 
     def precondition(self, fit: Fit, g: Array) -> Array:
         left, right = fit
-        a = self.times(fit, g)
-        return _transposed(self.right, right, _transposed(self.left, left, a).T).T
+        return _right_applied(self.right, right, _transposed(self.left, left, self.times(fit, g)))
 
     def rescaled(self, fit: Fit, scale: Any) -> Fit:
         left, right = fit
@@ -391,7 +407,7 @@ def _identity(side: Side, length: int, scale: Any, dtype: Any) -> Array:
 def _applied(side: Side, q: Array, x: Array) -> Array:
     """Q x."""
     if side == "dense":
-        return q @ x
+        return upper_times(q, x)
     if side == "diagonal":
         return q[:, None] * x
     return q[0][:, None] * x + q[1][:, None] * x[-1]
@@ -401,7 +417,7 @@ def _transposed(side: Side, q: Array, x: Array) -> Array:
     """Qᵀ x."""
     if side == "normalize":
         return (q[0][:, None] * x).at[-1].add(q[1] @ x)
-    return q.T @ x if side == "dense" else q[:, None] * x
+    return upper_transposed_times(q, x) if side == "dense" else q[:, None] * x
 
 
 def _inverse_transposed(side: Side, q: Array, x: Array) -> Array:
@@ -414,13 +430,30 @@ def _inverse_transposed(side: Side, q: Array, x: Array) -> Array:
     return y.at[-1].add(-(q[1] @ y) / q[0, -1])
 
 
+def _right_transposed(side: Side, q: Array, x: Array) -> Array:
+    """X Qᵀ."""
+    return times_upper_transposed(x, q) if side == "dense" else _applied(side, q, x.T).T
+
+
+def _right_applied(side: Side, q: Array, x: Array) -> Array:
+    """X Q."""
+    return times_upper(x, q) if side == "dense" else _transposed(side, q, x.T).T
+
+
+def _right_inverse(side: Side, q: Array, x: Array) -> Array:
+    """X Q⁻¹."""
+    if side == "dense":
+        return jax.lax.linalg.triangular_solve(q, x, left_side=False, lower=False)
+    return _inverse_transposed(side, q, x.T).T
+
+
 def _stepped(side: Side, q: Array, a: Array, b: Array, rate_of: _Rate) -> Array:
     """Q − (μ/N) proj(AAᵀ − BBᵀ) Q."""
     if side == "dense":
-        aa, bb = a @ a.T, b @ b.T
-        gradient = jnp.triu(aa - bb)
-        rate = rate_of(jnp.max(jnp.abs(gradient)), _spectral(gradient), _spectral(aa + bb))
-        return q - rate * gradient @ q
+        aa, bb = upper_gram(a), upper_gram(b)
+        gradient = aa - bb
+        rate = rate_of(jnp.max(jnp.abs(gradient)), _spectral(gradient), _symmetric_spectral(aa + bb))
+        return q - rate * upper_product(gradient, q)
     aa, bb = jnp.sum(a**2, axis=1), jnp.sum(b**2, axis=1)
     diagonal = aa - bb
     if side == "diagonal":
