@@ -238,7 +238,8 @@ def quadrature(matrix, key, steps, probes=1, law="rademacher"):
     like = jax.tree.map(lambda a: jnp.asarray(a, matrix.dtype), LIKE) if len(matrix) == N else matrix[0]
     back = ravel_pytree(like)[1]
     found = lanczos_quadrature(lambda v: back(matrix @ ravel_pytree(v)[0]), like, key, steps, probes, law)
-    starts = jax.vmap(lambda key: ravel_pytree(probe(key, like, law))[0])(jax.random.split(key, probes))
+    flat = [a.ravel() for a in jax.tree.leaves(like)]
+    starts = jax.vmap(lambda key: ravel_pytree(probe(key, flat, law))[0])(jax.random.split(key, probes))
     # The dimension is a Python number, which jit would make an array of.
     return found[:3], starts / jnp.linalg.norm(starts, axis=1, keepdims=True)
 
