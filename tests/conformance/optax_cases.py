@@ -7,6 +7,7 @@ how far from one device it ends; `test_optax.py` calls it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -106,25 +107,36 @@ def batch(step: Any, dtype: Any) -> Any:
 
 def asked(update: optax.GradientTransformation, params: Any, step: Any) -> tuple[Any, dict[str, Any]]:
     """The gradient on the step's batch, and the extra arguments that a transformation declares."""
-    rows = batch(step, jax.tree.leaves(params)[0].dtype)
-    key = jax.random.fold_in(jax.random.key(0), step)
-    vector = normal_like(key, params)
+    return _asked(tuple(sorted(declared(update))))(params, step)
 
-    def total(params: Any) -> Any:
-        return jnp.mean(losses(params, rows))
 
-    def single(params: Any, row: Any) -> Any:
-        return losses(params, jax.tree.map(lambda a: a[None], row))[0]
+@functools.cache
+def _asked(names: tuple[str, ...]) -> Callable[..., Any]:
+    """Compiled once for all cases that declare the same."""
 
-    value, gradient = jax.value_and_grad(total)(params)
-    makes = {
-        "value": lambda: value,
-        "vector": lambda: vector,
-        "hvp": lambda: jax.jvp(jax.grad(total), (params,), (vector,))[1],
-        "per_example_gradients": lambda: jax.vmap(jax.grad(single), (None, 0))(params, rows),
-        "key": lambda: key,
-    }
-    return gradient, {name: makes[name]() for name in sorted(declared(update))}
+    @jax.jit
+    def ask(params: Any, step: Any) -> tuple[Any, dict[str, Any]]:
+        rows = batch(step, jax.tree.leaves(params)[0].dtype)
+        key = jax.random.fold_in(jax.random.key(0), step)
+        vector = normal_like(key, params)
+
+        def total(params: Any) -> Any:
+            return jnp.mean(losses(params, rows))
+
+        def single(params: Any, row: Any) -> Any:
+            return losses(params, jax.tree.map(lambda a: a[None], row))[0]
+
+        value, gradient = jax.value_and_grad(total)(params)
+        makes = {
+            "value": lambda: value,
+            "vector": lambda: vector,
+            "hvp": lambda: jax.jvp(jax.grad(total), (params,), (vector,))[1],
+            "per_example_gradients": lambda: jax.vmap(jax.grad(single), (None, 0))(params, rows),
+            "key": lambda: key,
+        }
+        return gradient, {name: makes[name]() for name in names}
+
+    return ask
 
 
 def train(

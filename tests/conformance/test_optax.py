@@ -1,5 +1,6 @@
 """Every transformation as a plain Optax object: in chains, behind masks, injected, accumulated, spread over devices."""
 
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,13 @@ from fallline.core.extra import declared
 from fallline.core.registry import catalog
 
 CASES = pytest.mark.parametrize("name", OPTAX_CASES)
+
+
+@functools.cache
+def ready(name):
+    """A transformation, and its two functions compiled, once for all tests that have this process."""
+    update = OPTAX_CASES[name].build()
+    return update, jax.jit(update.init), jax.jit(update.update)
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +53,10 @@ def test_every_transformation_of_the_catalog_has_a_case():
 
 @CASES
 def test_in_a_chain(name):
-    update = OPTAX_CASES[name].build()
-    _, _, plain = train(update, parameters(), 1)
-    params, _, chained = train(optax.chain(update, optax.scale(0.5)), parameters(), 1)
+    update, begin, move = ready(name)
+    gradient, extra = asked(update, parameters(), jnp.float32(0))
+    plain, _ = move(gradient, begin(parameters()), parameters(), **extra)
+    params, _, (chained,) = train(optax.chain(update, optax.scale(0.5)), parameters(), 1)
     close(chained, jax.tree.map(lambda a: a * 0.5, plain))
     assert moved(params) > 0
 
@@ -72,7 +81,7 @@ def test_the_state_keeps_its_form(name):
 @CASES
 def test_the_state_can_be_donated(name):
     """No array of it is there twice, or belongs to the transformation, which can begin again."""
-    update = OPTAX_CASES[name].build()
+    update = ready(name)[0]
     for _ in range(2):
         jax.jit(lambda state: state, donate_argnums=0)(update.init(parameters()))
 
@@ -115,14 +124,14 @@ def test_with_injected_numbers(name):
     static = tuple(key for key, value in case.options.items())
     injected = optax.inject_hyperparams(case.factory, static_args=static)(**case.numbers, **case.options)
     injected = optax.GradientTransformationExtraArgs(injected.init, injected.update)
-    plain = case.build()
+    plain, begin, move = ready(name)
     gradient, extra = asked(plain, parameters(), jnp.float32(0))
-    state = injected.init(parameters())
-    updates, after = jax.jit(injected.update)(gradient, state, parameters(), **extra)
-    close(updates, jax.jit(plain.update)(gradient, plain.init(parameters()), parameters(), **extra)[0])
+    moved = jax.jit(injected.update)
+    updates, after = moved(gradient, injected.init(parameters()), parameters(), **extra)
+    close(updates, move(gradient, begin(parameters()), parameters(), **extra)[0])
     first = next(iter(case.numbers))
     after.hyperparams[first] = after.hyperparams[first] * 0
-    updates, _ = jax.jit(injected.update)(gradient, after, parameters(), **extra)
+    updates, _ = moved(gradient, after, parameters(), **extra)
     zero = all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates))
     assert zero is not case.starts, f"{first} = 0 must give no update"
 
@@ -130,14 +139,14 @@ def test_with_injected_numbers(name):
 @CASES
 def test_with_accumulated_gradients(name):
     """Two equal batches accumulated are one step."""
-    update = OPTAX_CASES[name].build()
+    update, begin, move = ready(name)
     twice = optax.MultiSteps(update, 2)
     gradient, extra = asked(update, parameters(), jnp.float32(0))
-    state = twice.init(parameters())
-    first, state = jax.jit(twice.update)(gradient, state, parameters(), **extra)
-    second, state = jax.jit(twice.update)(gradient, state, parameters(), **extra)
+    accumulate = jax.jit(twice.update)
+    first, state = accumulate(gradient, twice.init(parameters()), parameters(), **extra)
+    second, state = accumulate(gradient, state, parameters(), **extra)
     assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(first))
-    close(second, jax.jit(update.update)(gradient, update.init(parameters()), parameters(), **extra)[0])
+    close(second, move(gradient, begin(parameters()), parameters(), **extra)[0])
 
 
 @CASES
@@ -154,10 +163,11 @@ def test_parameters_in_16_bits_have_a_state_in_32(name):
 @CASES
 def test_under_a_guard_a_gradient_of_nan_leaves_the_state(name):
     guarded = fl.on_nonfinite(OPTAX_CASES[name].build(), "skip")
-    params, state, _ = train(guarded, parameters(), 2)
-    gradient, extra = asked(guarded, params, jnp.float32(2))
+    gradient, extra = asked(guarded, parameters(), jnp.float32(0))
+    move = jax.jit(guarded.update)
+    _, state = move(gradient, guarded.init(parameters()), parameters(), **extra)
     spoiled = jax.tree.map(lambda g: g.at[0].set(jnp.nan), gradient)
-    updates, after = jax.jit(guarded.update)(spoiled, state, params, **extra)
+    updates, after = move(spoiled, state, parameters(), **extra)
     assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates)) and int(after.skipped) == 1
 
     def raw(tree):
@@ -170,11 +180,11 @@ def test_under_a_guard_a_gradient_of_nan_leaves_the_state(name):
 
 @CASES
 def test_a_gradient_of_nan_is_never_hidden(name):
-    update = OPTAX_CASES[name].build()
-    params, state, _ = train(update, parameters(), 2)
-    gradient, extra = asked(update, params, jnp.float32(2))
-    spoiled = jax.tree.map(lambda g: g.at[:].set(jnp.nan), gradient)
-    updates, _ = jax.jit(update.update)(spoiled, state, params, **extra)
+    update, begin, move = ready(name)
+    gradient, extra = asked(update, parameters(), jnp.float32(0))
+    _, state = move(gradient, begin(parameters()), parameters(), **extra)
+    spoiled = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), gradient)
+    updates, _ = move(spoiled, state, parameters(), **extra)
     assert any(np.isnan(np.asarray(u)).any() for u in jax.tree.leaves(updates))
 
 

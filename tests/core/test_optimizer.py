@@ -85,11 +85,11 @@ METHODS = {
     "lbfgs-halved": (halved_lbfgs, {}, {}),
     "lbfgs-fixed": (optax.lbfgs, {"learning_rate": 0.3}, {"linesearch": None}),
 }
-# One precision is enough for the variants; Optax's clipping wants the number in the dtype of the point.
-ONCE = {"adam-all-numbers", "nadamw", "adamw-mask", "adamaxw", "adan", "rmsprop-centered", "optimistic-adam", "signum"}
-ONCE |= {"adafactor-own-rate", "chain-two-numbers", "lbfgs-halved", "lbfgs-fixed"}
-RUNS = [(name, p) for name in METHODS for p in ("float64", "float32", "bfloat16") if p == "float64" or name not in ONCE]
-RUNS.remove(("sgd-backtracking", "bfloat16"))  # Optax's search with a kept gradient mixes dtypes there, by hand too
+# Every method in one precision, and in each one of every kind: without a state, with moments, factored, with a search,
+# with a key, with a counter that branches. Optax's clipping wants the number in the dtype of the point.
+EACH = ("sgd", "schedule", "adam", "adamw", "rmsprop", "lars", "rprop", "noisy-sgd", "adafactor", "polyak-sgd")
+EACH += ("multi-steps", "masked", "schedule-free", "lbfgs", "lbfgs-backtracking")
+RUNS = [(name, "float64") for name in METHODS] + [(name, p) for name in EACH for p in ("float32", "bfloat16")]
 SEARCHING = {name for name in METHODS if "lbfgs" in name or "backtracking" in name} - {"lbfgs-fixed"}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fallline as fl
-from fallline.distributed import Median, RandomK, Sharded, SignFlip, StaleReads, TopK, TrimmedMean, join
+from fallline.distributed import Median, RandomK, Sharded, SignFlip, StaleReads, TopK, join
 from fallline.distributed.byzantine_pgd import byzantine_pgd
 from fallline.distributed.double_squeeze import double_squeeze
 from fallline.distributed.mem_sgd import mem_sgd
@@ -27,7 +27,6 @@ data = draw.normal(size=(4, 40, 13)).astype(np.float32), draw.normal(size=(4, 40
 x0 = {"in": draw.normal(size=(13, 7)).astype(np.float32), "out": draw.normal(size=7).astype(np.float32)}
 problem = Sharded(loss, data, 5, mesh=mesh, exact=True)
 solvers = (
-    double_squeeze(0.05),
     double_squeeze(0.05, TopK(9), blocks=4, exchange="sliced"),
     topk_sparsified(lambda t: 0.05 / (1 + t / 10), density=0.1),
     mem_sgd(RandomK(5), strong_convexity=0.5, shift=100.0, reads=StaleReads(3)),
@@ -35,7 +34,6 @@ solvers = (
     byzantine_pgd(
         0.05, Median(), gradient_threshold=1.0, radius=0.1, distance=0.3, patience=5, attempts=2, attack=SignFlip(1)
     ),
-    byzantine_pgd(0.05, TrimmedMean(1), gradient_threshold=1.0, radius=0.1, distance=0.3, patience=5, attempts=2),
 )
 for solver in solvers:
     solution = fl.minimize(problem, x0, solver, steps=40, key=0, every=10)

@@ -81,7 +81,7 @@ def _held_out(scale: Scale) -> tuple[HeldOut, list[Check]]:
     order = np.random.default_rng(0).permutation(whole.size)  # they come writer by writer
     pixels, labels = (np.asarray(a)[0, order] for a in whole.data)
     problem = Sharded(whole.loss, shard((pixels[HELD:], labels[HELD:]), WORKERS), BATCH)
-    counts = {"inverted": (0, 4), "random": ()} if scale is Scale.SMOKE else dict.fromkeys(ATTACKS, range(6))
+    counts = {"inverted": (4,), "random": ()} if scale is Scale.SMOKE else dict.fromkeys(ATTACKS, range(6))
     return HeldOut(problem, pixels[:HELD], labels[:HELD], counts, SEEDS[scale]), [
         Check("adversaries below half of the workers", 4 / WORKERS, "<=", 0.5)
     ]

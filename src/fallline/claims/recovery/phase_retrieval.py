@@ -98,7 +98,8 @@ def _runs(name: str, n: int, rows: int) -> Any:
 @functools.cache
 def _cell(name: str, n: int, m: int, trials: int) -> dict[str, float]:
     """The share of the signals that are found, and the median error of the start."""
-    run = _runs(name, n, 3 * n if m <= 3 * n else 6 * n)
+    few = n >= SIZE[Scale.SMALL] and m <= 3 * n  # where a run takes longer than another compilation
+    run = _runs(name, n, 3 * n if few else 6 * n)
     begun, ended = run(jnp.int32(m), jax.random.split(jax.random.key(0), trials))
     return {"rate": float(np.mean(np.asarray(ended) <= 1e-5)), "start": float(np.median(begun))}
 
