@@ -173,7 +173,7 @@ def main() -> None:
     if (found := official()) is not None:
         runs["official"] = official_stepper(*found, gradient)
         reached["official"] = functools.partial(official_loss_reached, *found)
-    times = interleaved(runs, rounds=21, warm=3, pick=min)
+    times = interleaved(runs, rounds=31, warm=3, pick=min)
     rows = {f"{name}, ms a step": 1e3 * seconds for name, seconds in times.items()}
     rows |= {f"{name} over fallline": times[name] / times["fallline"] for name in times if name != "fallline"}
     for name, run in reached.items():

@@ -9,6 +9,7 @@ arrays as the method keeps (x and its state) from one more, the gradient; that o
 from __future__ import annotations
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def peer(path, g):
 def main() -> None:
     g = jnp.asarray(np.random.default_rng(0).standard_normal(N, dtype=np.float32))
     if torch is not None:
-        torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name, (update, arrays, peers) in METHODS.items():
         kept = [[jnp.zeros(N, jnp.float32) for _ in range(1 + arrays)]]
 
