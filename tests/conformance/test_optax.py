@@ -126,12 +126,12 @@ def test_with_injected_numbers(name):
     injected = optax.GradientTransformationExtraArgs(injected.init, injected.update)
     plain, begin, move = ready(name)
     gradient, extra = asked(plain, parameters(), jnp.float32(0))
-    moved = jax.jit(injected.update)
-    updates, after = moved(gradient, injected.init(parameters()), parameters(), **extra)
+    inject = jax.jit(injected.update)
+    updates, after = inject(gradient, injected.init(parameters()), parameters(), **extra)
     close(updates, move(gradient, begin(parameters()), parameters(), **extra)[0])
     first = next(iter(case.numbers))
     after.hyperparams[first] = after.hyperparams[first] * 0
-    updates, _ = moved(gradient, after, parameters(), **extra)
+    updates, _ = inject(gradient, after, parameters(), **extra)
     zero = all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates))
     assert zero is not case.starts, f"{first} = 0 must give no update"
 
